@@ -1,0 +1,70 @@
+# The command surface of the repository. `make` prints this list; every target makes its own set-up and may be interrupted.
+
+PRESET ?= laptop## laptop (CPU, minutes) or paper (GPU)
+NB ?=## one notebook, by name or number: NB=03
+PYTHON ?= python3## the interpreter that makes .venv
+PIP_ARGS ?=## more arguments for pip
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS += --warn-undefined-variables --no-builtin-rules
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:# notebooks measure time: one at a time
+.PHONY: help env figures test lab claims reports clean
+
+# An active conda environment is used as it is (`base` does not count); otherwise a private .venv is made.
+CONDA_ENV := $(filter-out base,$(shell echo "$${CONDA_DEFAULT_ENV:-}"))
+ifeq ($(CONDA_ENV),)
+BIN := .venv/bin/
+READY := .venv/.ready
+else
+BIN :=
+READY := build/.ready-$(CONDA_ENV)
+endif
+
+ALL := $(basename $(notdir $(sort $(wildcard notebooks/*.ipynb))))
+CHOSEN := $(if $(NB),$(filter $(NB) $(NB)_%,$(ALL)),$(ALL))
+STAMPS := $(CHOSEN:%=build/stamps/$(PRESET)-%)
+CODE := $(shell find corey kernels data/checkpoints data/samples data/published -type f -not -name '*.pyc' 2>/dev/null)
+
+help:## this list
+	@awk -F'[:?]?=?## ?' '/^[a-z]+:.*## /{split($$1, t, ":"); printf "  make %-9s %s\n", t[1], $$2}' $(MAKEFILE_LIST)
+	@awk -F' [?]=|## ?' '/^[A-Z_]+ [?]=.*## /{printf "  %-14s %s\n", $$1 "=...", $$NF}' $(MAKEFILE_LIST)
+
+env: $(READY)## set up: once, into .venv (or the active conda environment)
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else f"PYTHON: got {sys.version.split()[0]} at {sys.executable}, want 3.11 to 3.13 (make PYTHON=python3.12 ...)")'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) torch
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable '.[notebooks,longbench,batch,dev]'
+	@touch $@
+
+build/.ready-$(CONDA_ENV): environment.yml pyproject.toml
+	python -c 'import corey, papermill, pandas, seaborn, transformers, lm_eval'
+	@mkdir -p $(@D) && touch $@
+
+figures: $(STAMPS)## run the notebooks and draw figures/ (PRESET=, NB=)
+	$(if $(CHOSEN),@echo "figures/ is up to date with PRESET=$(PRESET): $(CHOSEN)",$(error NB: got $(NB), want one of $(ALL)))
+
+# A notebook is run again when it, its parameters or the code under it change. The ledger reads what the others measured.
+build/stamps/$(PRESET)-%: notebooks/%.ipynb notebooks/grids/%.yaml $(CODE) $(READY)
+	$(BIN)python -m corey.run $* --preset $(PRESET)
+	@mkdir -p $(@D) && touch $@
+build/stamps/$(PRESET)-09_claims: $(filter-out %-09_claims,$(STAMPS)) data/claims.yaml
+
+test: $(READY)## the test suite
+	$(BIN)python -m pytest -n 2 --dist loadfile
+
+lab: $(READY)## JupyterLab on the notebooks
+	$(BIN)jupyter lab --notebook-dir notebooks
+
+claims: $(READY)## the verdict on every claim, from rows
+	@$(BIN)python -m corey.claims
+
+reports: figures## HTML of the executed notebooks, in build/reports
+	$(BIN)jupyter nbconvert --to html --output-dir build/reports $(CHOSEN:%=build/notebooks/%.ipynb)
+
+clean:## remove build/ (not .venv, not figures/)
+	rm -rf build
