@@ -1,0 +1,50 @@
+"""Inputs and small tables of the two-minute tour."""
+
+from collections.abc import Mapping
+
+import pandas as pd
+import torch
+
+from corey.entropy import histogram_entropy
+
+
+def long_memory_inputs(
+    d_inner: int, seqlen: int, *, d_state: int = 16, seed: int = 0, device: str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """Arguments of `selective_scan` (batch 1, float32) whose state remembers about a thousand tokens.
+
+    u is the SiLU of normal noise; with softplus and this bias the step is near 0.01, and A decays at rates 0.1 to 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    inputs = {
+        "u": torch.nn.functional.silu(normal(1, d_inner, seqlen)),  # (B, D, L)
+        "delta": 0.5 * normal(1, d_inner, seqlen),  # (B, D, L)
+        "A": -torch.linspace(0.1, 1.0, d_state).repeat(d_inner, 1),  # (D, N)
+        "B": normal(1, d_state, seqlen),  # (B, N, L)
+        "C": normal(1, d_state, seqlen),  # (B, N, L)
+        "delta_bias": torch.full((d_inner,), -4.6),  # (D,); softplus(-4.6) = 0.01
+    }
+    return {name: x.to(device) for name, x in inputs.items()}
+
+
+def histogram_rows(x: torch.Tensor, *, num_bins: int) -> pd.DataFrame:
+    """The min-max histogram whose entropy is taken, as rows (bin_centre, probability, entropy_nats)."""
+    x = x.float().flatten().cpu()
+    counts, edges = torch.histogram(x, bins=num_bins)
+    centres = (edges[:-1] + edges[1:]) / 2
+    entropy_nats = histogram_entropy(x, num_bins=num_bins).item()
+    return pd.DataFrame({"bin_centre": centres, "probability": counts / x.numel(), "entropy_nats": entropy_nats})
+
+
+def error_along_sequence(outputs: Mapping[str, torch.Tensor], truth: torch.Tensor) -> pd.DataFrame:
+    """Relative L2 error over channels at every token, as rows (form, token, relative_error); tensors are (B, D, L)."""
+    scale = truth.norm(dim=(0, 1)).mean()
+    tables = []
+    for form, y in outputs.items():
+        error = (y - truth).norm(dim=(0, 1)) / scale  # (L,)
+        tables.append(pd.DataFrame({"form": form, "token": range(len(error)), "relative_error": error.cpu()}))
+    return pd.concat(tables, ignore_index=True)
