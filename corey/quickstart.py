@@ -40,11 +40,16 @@ def histogram_rows(x: torch.Tensor, *, num_bins: int) -> pd.DataFrame:
     return pd.DataFrame({"bin_centre": centres, "probability": counts / x.numel(), "entropy_nats": entropy_nats})
 
 
-def error_along_sequence(outputs: Mapping[str, torch.Tensor], truth: torch.Tensor) -> pd.DataFrame:
-    """Relative L2 error over channels at every token, as rows (form, token, relative_error); tensors are (B, D, L)."""
-    scale = truth.norm(dim=(0, 1)).mean()
+def error_along_sequence(outputs: Mapping[str, torch.Tensor], truth: torch.Tensor, *, window: int = 32) -> pd.DataFrame:
+    """Relative L2 error over the channels of every `window` tokens, as rows (form, token, relative_error).
+
+    Outputs and truth are (B, D, L); tokens after the last whole window are left out.
+    """
+    windows = truth.unfold(-1, window, window)  # (B, D, L / window, window)
+    scale = torch.linalg.vector_norm(windows, dim=(0, 1, 3)).mean()
     tables = []
     for form, y in outputs.items():
-        error = (y - truth).norm(dim=(0, 1)) / scale  # (L,)
-        tables.append(pd.DataFrame({"form": form, "token": range(len(error)), "relative_error": error.cpu()}))
+        error = torch.linalg.vector_norm(y.unfold(-1, window, window) - windows, dim=(0, 1, 3)) / scale  # (L / window,)
+        token = torch.arange(len(error)) * window + window // 2
+        tables.append(pd.DataFrame({"form": form, "token": token, "relative_error": error.cpu()}))
     return pd.concat(tables, ignore_index=True)

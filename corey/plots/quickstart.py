@@ -30,7 +30,8 @@ def plot_reset_error(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """Relative error along the sequence; rows: form, token, relative_error."""
     ax = plt.gca() if ax is None else ax
     for (form, trace), color in zip(rows.groupby("form", sort=False), figures.PALETTE):
-        ax.plot(trace["token"], trace["relative_error"], color=color, label=form)
-    ax.set(xlabel="token", ylabel="relative error of y", ylim=(-0.05, None))
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.18), ncols=2)
+        ax.plot(trace["token"], trace["relative_error"], color=color)
+        x, y = trace["token"].iloc[0], trace["relative_error"].max()
+        figures.label_line(ax, x, y, form, color=color, offset=(0, 7))
+    ax.set(xlabel="token", ylabel="relative error of y", ylim=(-0.05, 1.15 * rows["relative_error"].max()))
     return ax
