@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from corey import results
 from corey._check import bad_value
 from corey.samples import HELD_OUT_SEED, MADE_TASKS, make_document
 
@@ -250,8 +251,11 @@ def main() -> None:
     parser.add_argument("--tokens-per-step", type=int, default=TOKENS_PER_STEP)
     parser.add_argument("--workers", type=int, default=12, help="processes that write documents")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = vars(parser.parse_args())
-    train(arguments.pop("out"), arguments.pop("steps"), **arguments)
+    options = parser.parse_args()
+    parameters = {"steps": options.steps, "tokens_per_step": options.tokens_per_step, "seed": options.seed}
+    log = train(options.out, device=options.device, workers=options.workers, **parameters)
+    rows = [row | {"device": options.device} for row in log]
+    print(results.write_rows(rows, "corey_mini_training", parameters=parameters))
 
 
 if __name__ == "__main__":

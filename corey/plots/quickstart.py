@@ -31,7 +31,7 @@ def plot_reset_error(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax = plt.gca() if ax is None else ax
     for (form, trace), color in zip(rows.groupby("form", sort=False), figures.PALETTE):
         ax.plot(trace["token"], trace["relative_error"], color=color)
-        x, y = trace["token"].iloc[0], trace["relative_error"].max()
-        figures.label_line(ax, x, y, form, color=color, offset=(0, 7))
+        x, y = trace["token"].iloc[-1], trace["relative_error"].max()
+        figures.label_line(ax, x, y, form, color=color, offset=(-1, 7))
     ax.set(xlabel="token", ylabel="relative error of y", ylim=(-0.05, 1.15 * rows["relative_error"].max()))
     return ax
