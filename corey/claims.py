@@ -1,0 +1,220 @@
+"""The ledger of claims and the verdicts that the evidence rows give: `python -m corey.claims`.
+
+data/claims.yaml says what the paper claims and which conditions on evidence decide it. Verdicts are computed here and
+written nowhere by hand.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable
+
+import pandas as pd
+import yaml
+from tabulate import tabulate
+
+from corey import paths, results
+from corey._check import bad_value
+
+HOLDS = "holds"
+OTHER_REASON = "holds for another reason"
+FAILS = "does not hold"
+NOT_MEASURED = "not yet measured"
+UNTESTABLE = "cannot be tested here"
+VERDICTS = (HOLDS, OTHER_REASON, FAILS, NOT_MEASURED, UNTESTABLE)
+TIERS = ("entropy", "Hadamard", "cost model", "kernel timing", "end to end")
+
+REQUIRED = {"id", "tier", "claim", "published", "where"}
+OPTIONAL = {"how", "notebook", "figure", "needs", "reproduced", "reason", "untestable", "gpu"}
+COMPARE = {
+    "<": lambda value, bound: value < bound,
+    "<=": lambda value, bound: value <= bound,
+    ">": lambda value, bound: value > bound,
+    ">=": lambda value, bound: value >= bound,
+    "within": lambda value, bound: bound[0] <= value <= bound[1],
+}
+
+
+def load() -> list[dict]:
+    """The 50 claims, checked: every field known, every condition well formed, nothing decided by hand."""
+    ledger = yaml.safe_load(paths.CLAIMS.read_text())
+    expected = [f"C{number:02d}" for number in range(1, 51)]
+    found = [claim.get("id") for claim in ledger]
+    if found != expected:
+        raise bad_value("claims.yaml", f"ids {found}", "C01 to C50, in order")
+    for claim in ledger:
+        _check_claim(claim)
+    return [claim | {part: _conditions(claim, part) for part in ("reproduced", "reason")} for claim in ledger]
+
+
+def evidence(source: str) -> pd.DataFrame:
+    """Every evidence row of one source ("live" or "committed"), with the result set it is from."""
+    sets = [name for name in results.names(source) if re.fullmatch(r"\d\d_evidence", name)]
+    tables = [results.read_rows(name, source).assign(set=name) for name in sets]
+    if not tables:
+        return pd.DataFrame(columns=[*results.EVIDENCE_COLUMNS, "source", "set"])
+    rows = pd.concat(tables, ignore_index=True)
+    unknown = set(rows["claim"]) - {claim["id"] for claim in load()}
+    if unknown:
+        raise bad_value("evidence", f"claims {sorted(unknown)}", "claims of the ledger")
+    repeated = rows[rows.duplicated(["claim", "quantity"], keep=False)]
+    if len(repeated):
+        row = repeated.iloc[0]
+        raise bad_value("evidence", f"{row.claim} {row.quantity} in {sorted(repeated['set'])}", "each quantity once")
+    return rows
+
+
+def judge(claim: dict, rows: pd.DataFrame) -> str:
+    """The verdict that evidence rows (columns claim, quantity, value, low, high, device) give on one claim."""
+    if "untestable" in claim:
+        return UNTESTABLE
+    rows = _relevant(claim, rows)
+    reproduced = _all_true(claim["reproduced"], rows)
+    if reproduced is None:
+        return NOT_MEASURED
+    if not reproduced:
+        return FAILS
+    if not claim["reason"]:
+        return HOLDS
+    reason = _all_true(claim["reason"], rows)
+    if reason is None:
+        return NOT_MEASURED
+    return HOLDS if reason else OTHER_REASON
+
+
+def table(source: str = "all") -> pd.DataFrame:
+    """One row per claim: id, tier, claim, published, where, verdict, measured, device, source, notebook, figure, note.
+
+    `source` is "live", "committed" or "all", which judges each claim by this machine's rows and turns to the committed
+    ones where these decide nothing. `measured` lists each condition's evidence; `note` says why there is no verdict.
+    """
+    if source not in ("live", "committed", "all"):
+        raise bad_value("source", repr(source), "'live', 'committed' or 'all'")
+    pools = [evidence(each) for each in (("live", "committed") if source == "all" else (source,))]
+    return pd.DataFrame([_line(claim, pools) for claim in load()])
+
+
+def markdown(rows: pd.DataFrame) -> str:
+    """The table of the README."""
+    lines = [
+        {
+            "": row.id,
+            "claim": row.claim,
+            "published": row.published,
+            "measured here": row.measured or row.note,
+            "verdict": f"**{row.verdict}**",
+            "notebook": f"[{row.notebook[:2]}](notebooks/{row.notebook}.ipynb)" if row.notebook else "",
+        }
+        for row in rows.itertuples()
+    ]
+    return tabulate(_escaped(lines), headers="keys", tablefmt="pipe", disable_numparse=True)
+
+
+def _escaped(lines: list[dict]) -> list[dict]:
+    return [{key: str(value).replace("|", "\\|").strip() for key, value in line.items()} for line in lines]
+
+
+def _line(claim: dict, pools: list[pd.DataFrame]) -> dict:
+    verdicts = [judge(claim, rows) for rows in pools]
+    deciding = next((index for index, verdict in enumerate(verdicts) if verdict != NOT_MEASURED), 0)
+    rows = _relevant(claim, pools[deciding])
+    rows = rows[rows["quantity"].isin([each["quantity"] for each in claim["reproduced"] + claim["reason"]])]
+    verdict = verdicts[deciding]
+    return {
+        "id": claim["id"],
+        "tier": claim["tier"],
+        "claim": claim["claim"],
+        "published": claim["published"].strip(),
+        "where": claim["where"],
+        "verdict": verdict,
+        "measured": "; ".join(_measured(row) for row in rows.itertuples()),
+        "device": "; ".join(sorted(set(rows["device"]))),
+        "source": ", ".join(sorted(set(rows["source"]))),
+        "notebook": claim.get("notebook", ""),
+        "figure": claim.get("figure", ""),
+        "note": _note(claim, verdict).strip(),
+    }
+
+
+def _note(claim: dict, verdict: str) -> str:
+    if verdict == UNTESTABLE:
+        return claim["untestable"]
+    if verdict != NOT_MEASURED:
+        return ""
+    return claim.get("needs") or f"notebook {claim['notebook']}"
+
+
+def _measured(row) -> str:
+    interval = "" if pd.isna(row.low) else f" [{row.low:.4g}, {row.high:.4g}]"
+    return f"{row.quantity.replace('_', ' ')} {row.value:.4g}{interval}"
+
+
+def _relevant(claim: dict, rows: pd.DataFrame) -> pd.DataFrame:
+    rows = rows[rows["claim"] == claim["id"]]
+    return rows[~rows["device"].map(results.is_cpu).astype(bool)] if claim.get("gpu") else rows
+
+
+def _all_true(conditions: list[dict], rows: pd.DataFrame) -> bool | None:
+    """Whether every condition is true; None where there is no condition or its quantity has no row."""
+    outcomes = []
+    for each in conditions:
+        found = rows[rows["quantity"] == each["quantity"]]
+        if found.empty:
+            return None
+        outcomes.append(COMPARE[each["op"]](found.iloc[0][each.get("of", "value")], each["bound"]))
+    return all(outcomes) if outcomes else None
+
+
+def _conditions(claim: dict, part: str) -> list[dict]:
+    given = claim.get(part, [])
+    return given if isinstance(given, list) else [given]
+
+
+def _check_claim(claim: dict) -> None:
+    where = f"claim {claim['id']}"
+    missing, unknown = REQUIRED - set(claim), set(claim) - REQUIRED - OPTIONAL
+    if missing or unknown:
+        raise bad_value(where, f"fields {sorted(claim)}", f"{sorted(REQUIRED)} and of {sorted(OPTIONAL)}")
+    if claim["tier"] not in TIERS:
+        raise bad_value(f"{where} tier", repr(claim["tier"]), f"one of {TIERS}")
+    if "untestable" in claim:
+        if {"reproduced", "reason", "needs"} & set(claim):
+            raise bad_value(where, "untestable with conditions or needs", "one or the other")
+        return
+    if not {"how", "notebook"} <= set(claim):
+        raise bad_value(where, f"fields {sorted(claim)}", "how and notebook, or untestable")
+    if "reason" in claim and "reproduced" not in claim:
+        raise bad_value(where, "a reason without an observation", "reproduced as well")
+    for part in ("reproduced", "reason"):
+        for condition in _conditions(claim, part):
+            _check_condition(f"{where} {part}", condition)
+
+
+def _check_condition(where: str, condition: dict) -> None:
+    if not {"quantity", "op", "bound"} <= set(condition) <= {"quantity", "op", "bound", "of"}:
+        raise bad_value(where, sorted(condition), "quantity, op, bound and perhaps of")
+    if condition["op"] not in COMPARE or condition.get("of", "value") not in ("value", "low", "high"):
+        raise bad_value(where, condition, f"op in {list(COMPARE)}, of in value, low, high")
+    bounds: Iterable = condition["bound"] if condition["op"] == "within" else [condition["bound"]]
+    if not all(isinstance(bound, (int, float)) for bound in bounds):
+        raise bad_value(where, condition["bound"], "a number, or two for within")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m corey.claims", description="Print the verdict on every claim.")
+    parser.add_argument("--source", choices=("all", "live", "committed"), default="all", help="rows to judge by")
+    parser.add_argument("--markdown", action="store_true", help="print the table of the README")
+    options = parser.parse_args(arguments)
+    rows = table(options.source)
+    if options.markdown:
+        print(markdown(rows))
+        return 0
+    rows["evidence"] = [row.measured or row.note for row in rows.itertuples()]
+    shown = rows[["id", "claim", "verdict", "evidence", "device"]]
+    print(tabulate(shown, headers="keys", tablefmt="simple_grid", showindex=False, maxcolwidths=[None, 46, 14, 46, 16]))
+    print(", ".join(f"{count} {verdict}" for verdict, count in rows["verdict"].value_counts(sort=False).items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Figures of the equivalence of routed and passive runs (notebook 04). Rows are those of `corey.side_summary`."""
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+
+from corey.figures import GREY, MARKERS, PALETTE
+
+MEASURES = {"logits_bitwise_equal": "all logits, bit by bit", "tokens_equal": "all greedy tokens"}
+
+
+def plot_agreement(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Fraction of prompts on which each side equals the passive one, with Wilson intervals; one line a side.
+
+    rows: those of `side_summary.agreement`.
+    """
+    ax = ax or plt.gca()
+    sides = list(dict.fromkeys(rows["side"]))
+    for index, (measure, label) in enumerate(MEASURES.items()):
+        found = rows[rows["measure"] == measure]
+        y = [sides.index(side) + (index - 0.5) * 0.3 for side in found["side"]]
+        ax.errorbar(
+            found["value"],
+            y,
+            xerr=[found["value"] - found["low"], found["high"] - found["value"]],
+            fmt=MARKERS[index],
+            color=PALETTE[index],
+            elinewidth=0.8,
+            label=label,
+            clip_on=False,
+        )
+    counts = rows.groupby("side", sort=False)["n"].max()
+    ax.set_yticks(range(len(sides)), [f"{side}\n{counts[side]} prompts" for side in sides])
+    ax.set_ylim(len(sides) - 0.5, -0.5)  # the first side on top
+    ax.tick_params(axis="y", length=0)
+    ax.set_xlim(0, 1)
+    ax.set_xlabel("fraction of prompts equal to passive")
+    ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), handletextpad=0.2, borderaxespad=0, labelspacing=0.2)
+    return ax
+
+
+def plot_logit_differences(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Largest logit difference of each prompt from the passive side; the axis is linear near zero, so zero is on it.
+
+    rows: those of `side_by_side.compare_sides` without the passive side. Draw it beside `plot_agreement` of the same
+    rows, which labels the lines.
+    """
+    ax = ax or plt.gca()
+    _strip(ax, rows, "logit_max_abs_diff")
+    ax.set_xscale("symlog", linthresh=1e-6, linscale=1)
+    ax.set_xlim(-4e-7, 1e2)
+    ax.set_xticks([0, 1e-6, 1e-4, 1e-2, 1, 1e2], ["0", "$10^{-6}$", "$10^{-4}$", "$10^{-2}$", "1", "100"])
+    ax.xaxis.set_minor_locator(plt.NullLocator())
+    ax.set_xlabel("largest logit difference")
+    return ax
+
+
+def plot_first_divergence(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """First position of the prompt at which any bit of the logits differs; sides that never differ say so.
+
+    rows: those of `side_by_side.compare_sides` without the passive side.
+    """
+    ax = ax or plt.gca()
+    sides = _strip(ax, rows, "logit_first_divergence")
+    longest = rows["prompt_tokens"].max()
+    for index, side in enumerate(sides):
+        if rows.loc[rows["side"] == side, "logit_first_divergence"].isna().all():
+            ax.text(0.5, index, "never", transform=ax.get_yaxis_transform(), ha="center", va="center", fontsize=7)
+    ax.set_xscale("symlog", linthresh=1, linscale=0.5)
+    ax.set_xlim(-0.4, longest)
+    ax.set_xticks([0, 1, 10, 100, 1000], ["0", "1", "10", "100", "1000"])
+    ax.xaxis.set_minor_locator(plt.NullLocator())
+    ax.set_xlabel("first differing token")
+    return ax
+
+
+def plot_scores(rows: pd.DataFrame, series: Mapping[tuple[str, str], str], ax: Axes | None = None) -> Axes:
+    """Mean score of each task, and of all, with bootstrap intervals; one series a (protocol, side).
+
+    rows: those of `side_summary.scores`. series: (protocol, side) -> label, in the order of drawing.
+    """
+    ax = ax or plt.gca()
+    tasks = [task for task in dict.fromkeys(rows["task"]) if task != "all"] + ["all"]
+    for index, ((protocol, side), label) in enumerate(series.items()):
+        chosen = rows[(rows["protocol"] == protocol) & (rows["side"] == side)].set_index("task").reindex(tasks)
+        x = np.arange(len(tasks)) + (index - (len(series) - 1) / 2) * 0.2
+        ax.errorbar(
+            x,
+            chosen["value"],
+            yerr=[chosen["value"] - chosen["low"], chosen["high"] - chosen["value"]],
+            fmt=MARKERS[index],
+            color=PALETTE[index],
+            elinewidth=0.8,
+            label=label,
+            clip_on=False,
+        )
+    ax.axvline(len(tasks) - 1.5, color=GREY, lw=0.5)
+    ax.set_xticks(range(len(tasks)), tasks)
+    ax.set_ylim(0, 100)
+    ax.set_ylabel("score (points)")
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(series), columnspacing=1.5, handletextpad=0.2)
+    return ax
+
+
+def _strip(ax: Axes, rows: pd.DataFrame, column: str) -> list[str]:
+    """One mark a prompt on a line a side; marks are spread over the line's height in the order of the prompts."""
+    sides = list(dict.fromkeys(rows["side"]))
+    for index, side in enumerate(sides):
+        values = rows.loc[rows["side"] == side, column]
+        spread = np.linspace(-0.28, 0.28, len(values)) if len(values) > 1 else np.zeros(1)
+        ax.plot(values, index + spread, MARKERS[0], ms=2, color=PALETTE[0], alpha=0.6, mew=0, clip_on=False)
+    ax.set_ylim(len(sides) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    return sides

@@ -1,0 +1,399 @@
+"""Chunk policies: the published entropy-to-chunk map, every published policy, and a rule from the shape alone.
+
+A scheduler is called `scheduler(u, layer=None) -> chunk_size` with u (B, D, L), the post-convolution input of the scan.
+`get_scheduler(name, **params)` builds one; `SCHEDULERS` lists the names. Each says what it `reads` and what it costs.
+"""
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from corey._check import bad_type, bad_value
+from corey.entropy import cheap_proxy, histogram_entropy, kurtosis_proxy, variance_proxy
+
+PUBLISHED_RANGES = {
+    "kernel_legacy": (32, 512, 8.0),  # 8 is log2 256, a ceiling in bits that the kernel benchmarks divide nats by
+    "kernel": (32, 512, math.log(256)),
+    "routed": (128, 512, math.log(256)),
+    "ablation": (128, 2048, math.log(256)),
+}
+"""(c_min, c_max, h_ref) of each published experiment, for `ChunkRule(*PUBLISHED_RANGES[name])`."""
+
+
+@dataclass(frozen=True)
+class ChunkRule:
+    """The published map C = clip(2^round(log2(c_min + min(H / h_ref, 1) (c_max - c_min))), c_min, c_max).
+
+    c_min and c_max are powers of two with c_min <= c_max, in tokens; h_ref is in nats. The paper's code rounds the
+    exponent and its text takes the floor: rounding="round" or "floor". The kernel benchmarks' range starts at 32. A
+    chunk below 128 is a legal answer of this map and no legal chunk of `corey.scan`, whose tile is 128 tokens: a rule
+    that is to drive the scan has c_min >= 128.
+    """
+
+    c_min: int
+    c_max: int
+    h_ref: float
+    rounding: str = "round"
+
+    def __post_init__(self):
+        _check_power_of_two("c_min", self.c_min)
+        _check_power_of_two("c_max", self.c_max)
+        if self.c_max < self.c_min:
+            raise bad_value("c_max", self.c_max, f"at least c_min = {self.c_min}")
+        if not 0.0 < self.h_ref < math.inf:
+            raise bad_value("h_ref", self.h_ref, "a positive number of nats")
+        if self.rounding not in ("round", "floor"):
+            raise bad_value("rounding", repr(self.rounding), "'round' or 'floor'")
+
+    def __call__(self, entropy_nats: float) -> int:
+        """Chunk in tokens for an entropy in nats, at least 0; entropies above h_ref give c_max."""
+        if not 0.0 <= entropy_nats < math.inf:
+            raise bad_value("entropy_nats", entropy_nats, "a finite number, at least 0")
+        raw = self.c_min + min(entropy_nats / self.h_ref, 1.0) * (self.c_max - self.c_min)
+        exponent = math.floor(math.log2(raw)) if self.rounding == "floor" else round(math.log2(raw))
+        return min(max(2**exponent, self.c_min), self.c_max)
+
+
+def continuous_tile(entropy_nats: float) -> int:
+    """The tile of the paper's proposed fused kernel: T = 32 round((64 + min(e / 8, 1) 448) / 32), 64 to 512 tokens."""
+    if not 0.0 <= entropy_nats < math.inf:
+        raise bad_value("entropy_nats", entropy_nats, "a finite number, at least 0")
+    return 32 * round((64 + min(entropy_nats / 8.0, 1.0) * 448) / 32)
+
+
+def guard(chunk_size: int, fallback: int = 512, delta: float = 2.0) -> int:
+    """`fallback` where the choice is fewer than `delta` powers of two away from it, else the choice itself."""
+    _check_chunk("chunk_size", chunk_size)
+    _check_chunk("fallback", fallback)
+    return fallback if abs(math.log2(chunk_size) - math.log2(fallback)) < delta else chunk_size
+
+
+def shape_chunk(
+    batch: int, d_inner: int, seqlen: int, processors: int, *, c_min: int = 128, c_max: int = 2048, fill: int = 4
+) -> int:
+    """The largest chunk that still leaves every processor `fill` pieces of work; this project's rule, no data read.
+
+    A sequence cut into ceil(seqlen / C) chunks gives batch * d_inner * ceil(seqlen / C) pieces. Longer chunks hand on
+    fewer states, so the rule takes the largest power of two in [c_min, c_max] with at least fill * processors pieces,
+    and c_min where no chunk gives that many.
+    """
+    for name, count in (("batch", batch), ("d_inner", d_inner), ("processors", processors), ("fill", fill)):
+        _check_count(name, count, 1)
+    _check_count("seqlen", seqlen, 0)
+    candidates = powers_of_two(c_min, c_max)
+    filling = [c for c in candidates if batch * d_inner * math.ceil(seqlen / c) >= fill * processors]
+    return max(filling, default=c_min)
+
+
+def powers_of_two(c_min: int, c_max: int) -> list[int]:
+    """The powers of two from c_min to c_max, both included and both powers of two."""
+    rule = ChunkRule(c_min, c_max, 1.0)
+    return [2**e for e in range(rule.c_min.bit_length() - 1, rule.c_max.bit_length())]
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """One policy. `statistic` is the number in nats that its map sees, None where it reads no tensor value."""
+
+    name: str
+    reads: str
+    cost: str
+    choose: Callable[[Tensor, int | None], int]
+    statistic: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, u: Tensor, layer: int | None = None) -> int:
+        """Chunk in tokens for one layer's scan input `u` (B, D, L)."""
+        if not isinstance(u, Tensor):
+            raise bad_type("u", u, "a torch.Tensor")
+        if u.ndim != 3:
+            raise bad_value("u", f"shape {tuple(u.shape)}", "(B, D, L)")
+        return self.choose(u, layer)
+
+
+def get_scheduler(name: str, **params) -> Scheduler:
+    """Builds the policy `name`, one of `SCHEDULERS`; `params` are those of its builder in this module.
+
+    Every policy with a map takes c_min=128, c_max=512, h_ref=None (ln num_bins), rounding="round", num_bins=256.
+    """
+    if name not in SCHEDULERS:
+        raise bad_value("name", repr(name), f"one of {', '.join(SCHEDULERS)}")
+    return SCHEDULERS[name](**params)
+
+
+def static(chunk_size: int = 512) -> Scheduler:
+    """The same chunk for every layer and input."""
+    _check_chunk("chunk_size", chunk_size)
+    return Scheduler(f"static-{chunk_size}", "nothing", "nothing", lambda u, layer: chunk_size)
+
+
+def oracle(sweep: Iterable[Mapping]) -> Scheduler:
+    """The chunk with the lowest mean latency in `sweep`, for each shape in it; another shape raises.
+
+    `sweep` holds mappings with batch, d_inner, seqlen, chunk_size and latency_us. An oracle that is judged on the runs
+    it was chosen from looks better than it is: fit on one half of `split_runs` and judge on the other.
+    """
+    best = fit_oracle(sweep)
+
+    def choose(u: Tensor, layer: int | None) -> int:
+        if tuple(u.shape) not in best:
+            raise bad_value("u", f"shape {tuple(u.shape)}", f"a shape of the sweep: {sorted(best)}")
+        return best[tuple(u.shape)]
+
+    return Scheduler("oracle", "the shape, and a sweep timed beforehand", "a look-up; the sweep once", choose)
+
+
+def fit_oracle(sweep: Iterable[Mapping]) -> dict[tuple[int, int, int], int]:
+    """(batch, d_inner, seqlen) -> the chunk with the lowest mean latency_us; the smaller chunk wins a tie."""
+    latencies: dict[tuple[int, int, int], dict[int, list[float]]] = {}
+    for row in sweep:
+        shape = (row["batch"], row["d_inner"], row["seqlen"])
+        latencies.setdefault(shape, {}).setdefault(row["chunk_size"], []).append(row["latency_us"])
+    if not latencies:
+        raise bad_value("sweep", "no rows", "at least one timed run")
+    return {
+        shape: min(chunks, key=lambda c: (sum(chunks[c]) / len(chunks[c]), c)) for shape, chunks in latencies.items()
+    }
+
+
+def split_runs(sweep: Iterable[Mapping], *, seed: int = 0) -> tuple[list[Mapping], list[Mapping]]:
+    """Halves the timed runs by their `run` number, at random: (rows to choose on, rows to judge on)."""
+    rows = list(sweep)
+    runs = sorted({row["run"] for row in rows})
+    if len(runs) < 2:
+        raise bad_value("sweep", f"{len(runs)} run(s)", "at least two runs")
+    chosen = set(random.Random(seed).sample(runs, len(runs) // 2))
+    return [r for r in rows if r["run"] in chosen], [r for r in rows if r["run"] not in chosen]
+
+
+def no_entropy(*, num_bins: int = 256, **rule) -> Scheduler:
+    """The map at half its scale, H = 0.5 ln num_bins, whatever the input."""
+    chunk_size = _rule(num_bins, **rule)(0.5 * math.log(num_bins))
+    return Scheduler("no-entropy", "nothing", "nothing", lambda u, layer: chunk_size)
+
+
+def random_choice(*, c_min: int = 128, c_max: int = 512, seed: int = 0) -> Scheduler:
+    """A power of two drawn uniformly from [c_min, c_max] at every call; build a new one to start the draws again."""
+    candidates = powers_of_two(c_min, c_max)
+    draws = random.Random(seed)
+    return Scheduler("random", "nothing", "one pseudo-random draw", lambda u, layer: draws.choice(candidates))
+
+
+def hist(*, num_bins: int = 256, **rule) -> Scheduler:
+    """Histogram entropy of all of u."""
+    return _from_statistic(
+        "hist", "all of u", "a pass over u and one host read", lambda u: histogram_entropy(u, num_bins), num_bins, rule
+    )
+
+
+def sampled_hist(*, stride: int = 8, num_bins: int = 256, **rule) -> Scheduler:
+    """Histogram entropy of every `stride`-th token."""
+    _check_count("stride", stride, 1)
+    return _from_statistic(
+        "sampled-hist",
+        f"every {stride}-th token of u",
+        f"a pass over 1/{stride} of u and one host read",
+        lambda u: histogram_entropy(u[..., ::stride], num_bins),
+        num_bins,
+        rule,
+    )
+
+
+def token_hist(*, stride: int = 8, num_bins: int = 256, **rule) -> Scheduler:
+    """Mean over every `stride`-th token of the entropy of that token's channels, each over the token's own range."""
+    _check_count("stride", stride, 1)
+    return _from_statistic(
+        "token-hist",
+        f"every {stride}-th token of u, one histogram each",
+        f"a pass over 1/{stride} of u, a table of tokens x {num_bins} counts and one host read",
+        lambda u: histogram_entropy(u[..., ::stride], num_bins, dim=1).sum() / max(u[:, 0, ::stride].numel(), 1),
+        num_bins,
+        rule,
+    )
+
+
+def cheap(*, num_bins: int = 256, **rule) -> Scheduler:
+    """`corey.entropy.cheap_proxy` in place of the entropy."""
+    return _proxy("cheap-proxy", cheap_proxy, num_bins, rule)
+
+
+def variance(*, num_bins: int = 256, **rule) -> Scheduler:
+    """`corey.entropy.variance_proxy` in place of the entropy."""
+    return _proxy("variance-proxy", variance_proxy, num_bins, rule)
+
+
+def kurtosis(*, num_bins: int = 256, **rule) -> Scheduler:
+    """`corey.entropy.kurtosis_proxy` in place of the entropy: heavy tails give large chunks, against the entropy."""
+    return _proxy("kurtosis-proxy", kurtosis_proxy, num_bins, rule)
+
+
+def guarded(inner: Callable[..., Scheduler]) -> Callable[..., Scheduler]:
+    """The builder of `inner` behind `guard`; the statistic is paid for whether or not the fallback is taken."""
+
+    def build(*, fallback: int = 512, delta: float = 2.0, **params) -> Scheduler:
+        chosen = inner(**params)
+        _check_chunk("fallback", fallback)
+        return Scheduler(
+            f"guarded-{chosen.name}",
+            chosen.reads,
+            chosen.cost,
+            lambda u, layer: guard(chosen(u, layer), fallback, delta),
+            chosen.statistic,
+        )
+
+    build.__doc__ = f"Guarded: {inner.__doc__}"
+    return build
+
+
+_TABLE_BOUNDS = tuple(f"{end}_{feature}" for feature in ("layer_idx", "seq_len", "entropy") for end in ("min", "max"))
+
+
+def table(rules: Mapping | str | Path | None = None, *, num_bins: int = 256, stride: int = 1) -> Scheduler:
+    """The first matching rule of a table, else its default chunk.
+
+    `rules` is a mapping or the path of a JSON file, such as
+    {"default_chunk": 512, "rules": [{"chunk": 128, "max_seq_len": 256}, {"chunk": 1024, "min_entropy": 4.0}]}.
+    A rule may bound layer_idx, seq_len and entropy (nats) with min_ and max_, both ends included; a bound on the layer
+    does not match where the layer is not known. The entropy is evaluated only where a rule that fits otherwise asks for
+    it. None is the one table that the paper's code mentions: always 512.
+    """
+    return _table("table", rules, num_bins, stride, always=False)
+
+
+def table_always_reads(rules: Mapping | str | Path | None = None, *, num_bins: int = 256, stride: int = 1) -> Scheduler:
+    """`table` as the paper's code runs it: the histogram is evaluated at every call, also where no rule asks."""
+    return _table("table-always-reads", rules, num_bins, stride, always=True)
+
+
+def shape(*, processors: int | None = None, c_min: int = 128, c_max: int = 2048, fill: int = 4) -> Scheduler:
+    """`shape_chunk` of u's shape; `processors` defaults to the device's multiprocessors, or the CPU's threads."""
+
+    def choose(u: Tensor, layer: int | None) -> int:
+        batch, d_inner, seqlen = u.shape
+        count = processors if processors is not None else _processors(u.device)
+        return shape_chunk(batch, d_inner, seqlen, count, c_min=c_min, c_max=c_max, fill=fill)
+
+    shape_chunk(1, 1, 1, processors if processors is not None else 1, c_min=c_min, c_max=c_max, fill=fill)
+    return Scheduler("shape", "the shape of u and the processor count", "host arithmetic", choose)
+
+
+SCHEDULERS: dict[str, Callable[..., Scheduler]] = {
+    "static": static,
+    "oracle": oracle,
+    "no-entropy": no_entropy,
+    "random": random_choice,
+    "hist": hist,
+    "sampled-hist": sampled_hist,
+    "token-hist": token_hist,
+    "cheap-proxy": cheap,
+    "variance-proxy": variance,
+    "kurtosis-proxy": kurtosis,
+    "guarded-hist": guarded(hist),
+    "guarded-sampled-hist": guarded(sampled_hist),
+    "guarded-token-hist": guarded(token_hist),
+    "guarded-cheap-proxy": guarded(cheap),
+    "guarded-variance-proxy": guarded(variance),
+    "guarded-kurtosis-proxy": guarded(kurtosis),
+    "table": table,
+    "table-always-reads": table_always_reads,
+    "shape": shape,
+}
+
+
+def _rule(
+    num_bins: int, c_min: int = 128, c_max: int = 512, h_ref: float | None = None, rounding: str = "round"
+) -> ChunkRule:
+    _check_count("num_bins", num_bins, 2)
+    return ChunkRule(c_min, c_max, math.log(num_bins) if h_ref is None else h_ref, rounding)
+
+
+def _from_statistic(
+    name: str, reads: str, cost: str, statistic: Callable[[Tensor], Tensor], num_bins: int, rule: dict
+) -> Scheduler:
+    chunk_rule = _rule(num_bins, **rule)
+    return Scheduler(name, reads, cost, lambda u, layer: chunk_rule(float(statistic(u))), statistic)
+
+
+def _proxy(name: str, proxy: Callable[[Tensor, int], Tensor], num_bins: int, rule: dict) -> Scheduler:
+    cost = "two or three reductions over u and one host read"
+    return _from_statistic(name, "all of u", cost, lambda u: proxy(u, num_bins), num_bins, rule)
+
+
+def _table(name: str, rules: Mapping | str | Path | None, num_bins: int, stride: int, *, always: bool) -> Scheduler:
+    _check_count("stride", stride, 1)
+    _check_count("num_bins", num_bins, 2)
+    default_chunk, entries = _parse_table(rules)
+    asks = any("min_entropy" in entry or "max_entropy" in entry for entry in entries)
+
+    def statistic(u: Tensor) -> Tensor:
+        return histogram_entropy(u[..., ::stride], num_bins)
+
+    def choose(u: Tensor, layer: int | None) -> int:
+        entropy = float(statistic(u)) if always else None
+        for entry in entries:
+            if not (_inside(entry, "layer_idx", layer) and _inside(entry, "seq_len", u.shape[-1])):
+                continue
+            if entropy is None and ("min_entropy" in entry or "max_entropy" in entry):
+                entropy = float(statistic(u))
+            if _inside(entry, "entropy", entropy):
+                return entry["chunk"]
+        return default_chunk
+
+    reads_values = always or asks
+    return Scheduler(
+        name,
+        "the length, the layer" + (" and u" if reads_values else ""),
+        "a histogram and one host read at every call" if always else "a look-up" + (", at times a histogram" * asks),
+        choose,
+        statistic if reads_values else None,
+    )
+
+
+def _parse_table(rules: Mapping | str | Path | None) -> tuple[int, list[Mapping]]:
+    if rules is None:
+        rules = {"default_chunk": 512, "rules": []}
+    if isinstance(rules, str | Path):
+        rules = json.loads(Path(rules).read_text(encoding="utf-8"))
+    if not isinstance(rules, Mapping) or set(rules) != {"default_chunk", "rules"}:
+        raise bad_value("rules", rules, "{'default_chunk': int, 'rules': [...]}")
+    _check_chunk("default_chunk", rules["default_chunk"])
+    for entry in rules["rules"]:
+        if unknown := set(entry) - {"name", "chunk", *_TABLE_BOUNDS}:
+            raise bad_value("rules", f"unknown keys {sorted(unknown)}", f"name, chunk, {', '.join(_TABLE_BOUNDS)}")
+        _check_chunk("chunk", entry.get("chunk"))
+    return rules["default_chunk"], list(rules["rules"])
+
+
+def _inside(entry: Mapping, feature: str, value: float | None) -> bool:
+    low, high = entry.get(f"min_{feature}"), entry.get(f"max_{feature}")
+    if low is None and high is None:
+        return True
+    return value is not None and (low is None or value >= low) and (high is None or value <= high)
+
+
+def _processors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.get_num_threads()
+
+
+def _check_chunk(name: str, chunk_size: object) -> None:
+    _check_count(name, chunk_size, 1)
+
+
+def _check_count(name: str, count: object, least: int) -> None:
+    if not isinstance(count, int) or isinstance(count, bool):
+        raise bad_type(name, count, "an int")
+    if count < least:
+        raise bad_value(name, count, f"at least {least}")
+
+
+def _check_power_of_two(name: str, value: object) -> None:
+    _check_count(name, value, 1)
+    if value & (value - 1):
+        raise bad_value(name, value, "a power of two")

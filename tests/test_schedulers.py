@@ -1,0 +1,264 @@
+"""The published maps against golden values, and every policy behind the one interface."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from corey.entropy import histogram_entropy
+from corey.schedulers import (
+    PUBLISHED_RANGES,
+    SCHEDULERS,
+    ChunkRule,
+    continuous_tile,
+    fit_oracle,
+    get_scheduler,
+    guard,
+    powers_of_two,
+    shape_chunk,
+    split_runs,
+)
+
+HIGH = [(256, 512, 512, 2048), (256, 256, 256, 1024)]
+GOLDEN = {  # entropy -> chunk under each published range, (round, floor)
+    0.19: [(32, 64, 128, 256), (32, 32, 128, 128)],
+    0.78: [(64, 128, 256, 512), (64, 64, 128, 256)],
+    2.27: [(128, 256, 256, 1024), (128, 128, 256, 512)],
+    3.00: [(256, 256, 256, 1024), (128, 256, 256, 1024)],
+    3.38: [(256, 256, 512, 1024), (128, 256, 256, 1024)],
+    3.83: [(256, 512, 512, 2048), (256, 256, 256, 1024)],
+    4.02: HIGH,
+    4.18: HIGH,
+    4.604: HIGH,
+    5.5: HIGH,
+}
+SWEEP = [
+    {"batch": 1, "d_inner": 8, "seqlen": 256, "chunk_size": chunk, "run": run, "latency_us": latency}
+    for chunk, latencies in {128: [5.0, 9.0, 5.0, 9.0], 256: [6.0, 6.0, 6.0, 6.0]}.items()
+    for run, latency in enumerate(latencies)
+]
+
+
+def scan_input(batch=2, d_inner=8, seqlen=256, seed=0) -> torch.Tensor:
+    return torch.randn(batch, d_inner, seqlen, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("entropy_nats", GOLDEN)
+@pytest.mark.parametrize("rounding", ["round", "floor"])
+def test_the_map_gives_the_published_chunks(entropy_nats, rounding):
+    chunks = tuple(ChunkRule(*bounds, rounding)(entropy_nats) for bounds in PUBLISHED_RANGES.values())
+    assert chunks == GOLDEN[entropy_nats][rounding == "floor"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "boundaries"),
+    [
+        ("kernel_legacy", [0.221, 0.976, 2.484, 5.501]),
+        ("kernel", [0.154, 0.676, 1.722, 3.813]),
+        ("routed", [0.766, 3.38]),
+        ("ablation", [0.154, 0.676, 1.722, 3.813]),
+    ],
+)
+def test_the_map_changes_at_the_published_entropies(preset, boundaries):
+    rule = ChunkRule(*PUBLISHED_RANGES[preset])
+    for boundary in boundaries:
+        assert rule(boundary + 0.002) == 2 * rule(boundary - 0.002)
+    assert rule(0.0) == rule.c_min and rule(50.0) == rule.c_max
+
+
+def test_the_map_is_monotone_in_entropy_by_construction():
+    for bounds in PUBLISHED_RANGES.values():
+        chunks = [ChunkRule(*bounds)(h / 100) for h in range(800)]
+        assert chunks == sorted(chunks)
+
+
+def test_the_floor_reaches_the_top_only_at_full_scale():
+    rule = ChunkRule(128, 512, 5.0, "floor")
+    assert (rule(4.999), rule(5.0)) == (256, 512)
+
+
+def test_the_continuous_tile_gives_the_published_288():
+    assert continuous_tile(4.1809) == 288
+    assert (continuous_tile(0.0), continuous_tile(8.0), continuous_tile(9.0)) == (64, 512, 512)
+
+
+@pytest.mark.parametrize(("chosen", "kept"), [(1024, 512), (256, 512), (512, 512), (128, 128), (2048, 2048)])
+def test_the_guard_keeps_only_choices_two_octaves_away(chosen, kept):
+    assert guard(chosen) == kept
+
+
+@pytest.mark.parametrize(("c_min", "c_max", "chunk"), [(128, 512, 256), (128, 2048, 1024), (32, 512, 256)])
+def test_no_entropy_takes_the_middle_of_the_range(c_min, c_max, chunk):
+    assert get_scheduler("no-entropy", c_min=c_min, c_max=c_max)(scan_input()) == chunk
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "oracle"])
+def test_every_policy_answers_with_a_power_of_two_and_says_what_it_reads(name):
+    scheduler = get_scheduler(name)
+    chunk = scheduler(scan_input(), layer=3)
+    assert chunk in powers_of_two(128, 2048)
+    assert scheduler.reads and scheduler.cost and scheduler.name.startswith(name)
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "oracle"])
+@pytest.mark.parametrize("seqlen", [0, 1, 7])
+def test_every_policy_takes_empty_and_short_inputs(name, seqlen):
+    assert get_scheduler(name)(torch.ones(1, 4, seqlen)) >= 128
+
+
+def test_the_policies_of_values_see_the_statistic_they_name():
+    u = scan_input(seqlen=300)
+    assert get_scheduler("hist").statistic(u) == histogram_entropy(u)
+    assert get_scheduler("sampled-hist", stride=4).statistic(u) == histogram_entropy(u[..., ::4])
+    tokens = torch.stack([histogram_entropy(u[b, :, t]) for b in range(2) for t in range(0, 300, 8)])
+    assert get_scheduler("token-hist").statistic(u) == pytest.approx(float(tokens.mean()), abs=1e-6)
+
+
+def test_values_move_the_histogram_policy_and_the_range_reaches_the_map():
+    spread, narrow = torch.rand(1, 8, 4096), torch.zeros(1, 8, 4096)
+    assert [get_scheduler("hist")(u) for u in (spread, narrow)] == [512, 128]
+    assert [get_scheduler("hist", c_max=2048)(u) for u in (spread, narrow)] == [2048, 128]
+    assert get_scheduler("hist", h_ref=8.0)(scan_input()) == 256
+    assert get_scheduler("hist", rounding="floor")(scan_input(seqlen=4096)) == 256
+
+
+def test_a_guarded_policy_still_pays_for_its_statistic():
+    scheduler = get_scheduler("guarded-hist", c_max=2048)
+    assert (scheduler(torch.rand(1, 8, 4096)), scheduler(scan_input())) == (2048, 512) or scheduler(
+        scan_input()
+    ) == 2048
+    assert scheduler.statistic is not None and scheduler.reads == get_scheduler("hist").reads
+
+
+def test_the_kurtosis_policy_gives_heavy_tails_the_larger_chunk():
+    heavy = scan_input(seqlen=4096) ** 5
+    assert get_scheduler("kurtosis-proxy")(heavy) == 512 and get_scheduler("kurtosis-proxy")(scan_input()) == 128
+
+
+def test_random_draws_repeat_from_their_seed_and_cover_the_range():
+    first, again, other = (get_scheduler("random", c_max=2048, seed=s) for s in (0, 0, 1))
+    draws = [first(scan_input(1, 1, 1)) for _ in range(100)]
+    assert draws == [again(scan_input(1, 1, 1)) for _ in range(100)]
+    assert draws != [other(scan_input(1, 1, 1)) for _ in range(100)]
+    assert set(draws) == {128, 256, 512, 1024, 2048}
+
+
+def test_the_oracle_takes_the_lowest_mean_of_its_shape():
+    assert fit_oracle(SWEEP) == {(1, 8, 256): 256}
+    assert get_scheduler("oracle", sweep=SWEEP)(scan_input(1)) == 256
+    with pytest.raises(ValueError, match="u: got shape"):
+        get_scheduler("oracle", sweep=SWEEP)(scan_input(1, 8, 255))
+    with pytest.raises(ValueError, match="sweep"):
+        fit_oracle([])
+
+
+def test_an_oracle_is_chosen_and_judged_on_different_runs():
+    fit, judge = split_runs(SWEEP, seed=3)
+    assert {r["run"] for r in fit} & {r["run"] for r in judge} == set()
+    assert len(fit) == len(judge) == len(SWEEP) // 2
+    with pytest.raises(ValueError, match="sweep"):
+        split_runs([row for row in SWEEP if row["run"] == 0])
+
+
+RULES = {
+    "default_chunk": 512,
+    "rules": [
+        {"name": "short", "chunk": 128, "min_seq_len": 16, "max_seq_len": 256},
+        {"chunk": 256, "min_layer_idx": 2, "max_layer_idx": 3, "min_seq_len": 1000},
+        {"chunk": 1024, "min_entropy": 5.0, "min_seq_len": 1000},
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "layer", "chunk"),
+    [
+        (15, None, 512),
+        (16, None, 128),
+        (256, None, 128),
+        (257, None, 512),
+        (1000, 2, 256),
+        (1000, 3, 256),
+        (1000, 4, 512),
+        (1000, None, 512),
+    ],
+)
+@pytest.mark.parametrize("name", ["table", "table-always-reads"])
+def test_a_table_takes_the_first_rule_whose_inclusive_bounds_hold(name, seqlen, layer, chunk):
+    assert get_scheduler(name, rules=RULES)(torch.zeros(1, 4, seqlen), layer=layer) == chunk
+
+
+def test_a_table_rule_on_entropy_reads_the_values(tmp_path):
+    path = tmp_path / "rules.json"
+    path.write_text(json.dumps(RULES))
+    scheduler = get_scheduler("table", rules=path)
+    assert scheduler(torch.rand(1, 4, 4096)) == 1024
+    assert scheduler(torch.zeros(1, 4, 4096)) == 512
+
+
+def test_a_table_evaluates_the_histogram_only_where_a_rule_asks_for_it():
+    # NaN values raise in the histogram, so they show whether it was evaluated.
+    short, long = torch.full((1, 4, 64), math.nan), torch.full((1, 4, 1000), math.nan)
+    assert get_scheduler("table", rules=RULES)(short) == 128
+    assert get_scheduler("table", rules=RULES)(long, layer=2) == 256
+    assert get_scheduler("table")(long) == 512
+    for name, u, layer in (("table", long, 4), ("table-always-reads", short, None)):
+        with pytest.raises(ValueError, match="x:"):
+            get_scheduler(name, rules=RULES)(u, layer=layer)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"rules": []},
+        {"default_chunk": 512, "rules": [{"chunk": 128, "max_length": 3}]},
+        {"default_chunk": 512, "rules": [{"chunk": 0}]},
+        {"default_chunk": 0, "rules": []},
+    ],
+    ids=["no default", "unknown bound", "no tokens", "default of none"],
+)
+def test_a_malformed_table_is_refused_when_it_is_built(rules):
+    with pytest.raises(ValueError, match=r"rules|chunk"):
+        get_scheduler("table", rules=rules)
+
+
+def test_the_shape_rule_cuts_only_as_fine_as_the_processors_need():
+    assert shape_chunk(64, 2048, 8192, 132) == 2048  # more than enough rows of work already
+    assert shape_chunk(1, 64, 8192, 132) == 512  # 64 * 16 pieces >= 4 * 132, 64 * 8 are not
+    assert shape_chunk(1, 8, 256, 132) == 128
+    chunks = [shape_chunk(1, d, 8192, 132) for d in (1, 16, 64, 256, 1024, 4096)]
+    assert chunks == sorted(chunks)
+
+
+def test_the_shape_policy_reads_no_value():
+    u = scan_input(1, 64, 8192)
+    scheduler = get_scheduler("shape", processors=132)
+    assert scheduler(u) == scheduler(torch.full_like(u, math.nan)) == 512
+
+
+@pytest.mark.parametrize(
+    ("error", "name", "build"),
+    [
+        (ValueError, "name", lambda: get_scheduler("entropy")),
+        (ValueError, "c_min", lambda: ChunkRule(100, 512, 8.0)),
+        (TypeError, "c_max", lambda: ChunkRule(128, 512.0, 8.0)),
+        (ValueError, "c_max", lambda: ChunkRule(512, 128, 8.0)),
+        (ValueError, "h_ref", lambda: ChunkRule(128, 512, 0.0)),
+        (ValueError, "rounding", lambda: ChunkRule(128, 512, 8.0, "ceil")),
+        (ValueError, "entropy_nats", lambda: ChunkRule(128, 512, 8.0)(math.nan)),
+        (ValueError, "entropy_nats", lambda: ChunkRule(128, 512, 8.0)(-0.1)),
+        (ValueError, "entropy_nats", lambda: continuous_tile(-1.0)),
+        (ValueError, "chunk_size", lambda: get_scheduler("static", chunk_size=0)),
+        (ValueError, "stride", lambda: get_scheduler("sampled-hist", stride=0)),
+        (ValueError, "num_bins", lambda: get_scheduler("hist", num_bins=1)),
+        (ValueError, "fallback", lambda: get_scheduler("guarded-hist", fallback=0)),
+        (ValueError, "processors", lambda: get_scheduler("shape", processors=0)),
+        (TypeError, "u", lambda: get_scheduler("static")([1.0])),
+        (ValueError, "u", lambda: get_scheduler("static")(torch.rand(8, 256))),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_arguments_are_named(error, name, build):
+    with pytest.raises(error, match=rf"{name}: got"):
+        build()
