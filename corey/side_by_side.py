@@ -23,18 +23,19 @@ from corey.scan import scan_reset_ref, selective_scan
 @dataclass(frozen=True)
 class Side:
     """A way to run the model. chunk_size: as in `corey.routing.route`. scan: the operator, or None for transformers'
-    own path, which is not routed. generates: whether to decode an answer after the prompt."""
+    own path, which is not routed. answers: whether to go on after the prompt, to decode an answer and for perplexity."""
 
     name: str
     chunk_size: int | Callable | None = None
     scan: Callable | None = selective_scan
-    generates: bool = True
+    answers: bool = True
 
 
 @dataclass(frozen=True)
 class Run:
-    """One side's results: logits (L, V) at the prompt's positions; nll_nats over prompt and reference, None where the
-    side cannot go on from a cache; generation, None where it does not decode; chunks of the prompt's scans by layer."""
+    """One side's results: logits (L, V) at the prompt's positions; nll_nats over prompt and reference; generation;
+    chunks of the prompt's scans by layer. None for what a side does not do; transformers' path has no nll_nats, since it
+    cannot go on from a cache with several tokens."""
 
     logits: torch.Tensor
     nll_nats: float | None
@@ -70,12 +71,12 @@ def run_side(
         elapsed = time.perf_counter() - start
         chunks = () if side.scan is None else tuple(routed.chunks)
         nll_nats = None
-        if side.scan is not None:
+        if side.answers and side.scan is not None:
             ids = torch.tensor([*prompt_ids, *reference_ids], device=logits.device)  # (L + R,)
             after = model(ids[None, len(prompt_ids) :], cache_params=copy.deepcopy(cache), use_cache=True)
             nll_nats, _ = sequence_nll(torch.cat([logits, after.logits[0]]), ids)  # (L + R, V)
         generation = None
-        if side.generates:
+        if side.answers:
             generation = greedy_decode(model, logits, cache, max_new_tokens=max_new_tokens, eos_token_id=eos_token_id)
     return Run(logits, nll_nats, len(prompt_ids) + len(reference_ids) - 1, generation, chunks, elapsed)
 
@@ -97,14 +98,14 @@ def compare_sides(
     continues the prompt with is a blank and the first answer.
 
     Columns: task, row_id, protocol, side; prompt_tokens after and prompt_tokens_before_cut before truncation,
-    truncated; chunks, of the prompt's scans by layer, in tokens; prefill_s; nll_nats and nll_tokens over prompt and reference;
-    logits_bitwise_equal, logit_max_abs_diff, logit_rms_diff, logit_first_divergence (position) and argmax_agreement
-    (fraction) over the prompt's logits; tokens_equal, token_agreement, token_first_divergence and the passive side's
-    top2_gap there, over the decoded tokens; new_tokens, prediction, score in [0, 1] and score_failure. Missing where a
-    side does not decode or cannot go on from a cache.
+    truncated; chunks of the prompt's scans by layer, in tokens; prefill_s; nll_nats and nll_tokens over prompt and
+    reference; logits_bitwise_equal, logit_max_abs_diff, logit_rms_diff, logit_first_divergence (position) and
+    argmax_agreement (fraction) over the prompt's logits; tokens_equal, token_agreement, token_first_divergence and the
+    passive side's top2_gap there, over the decoded tokens; new_tokens, prediction, score in [0, 1] and score_failure.
+    Missing where a side does not answer.
     """
-    if not sides or not sides[0].generates:
-        raise bad_value("sides", f"{len(sides)} sides", "at least one, the first of which generates")
+    if not sides or not sides[0].answers:
+        raise bad_value("sides", f"{len(sides)} sides", "at least one, the first of which answers")
     prompt = protocol.encode(tokenizer, task, row, max_prompt_tokens)
     reference = tokenizer(" " + row["answers"][0], add_special_tokens=False)["input_ids"]
     runs, rows = [], []

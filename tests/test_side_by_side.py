@@ -12,7 +12,9 @@ pytest.importorskip("lm_eval", reason="the scores are lm-eval's")
 from transformers import MambaConfig, MambaForCausalLM
 
 from corey import side_summary
+from corey.generation import greedy_tokens
 from corey.longbench import official, published
+from corey.routing import route
 from corey.side_by_side import Side, compare_sides, run_side, state_dropping_scan
 from corey.training import byte_tokenizer
 
@@ -22,7 +24,7 @@ PASSIVE = Side("passive")
 SIDES = [
     PASSIVE,
     Side("routed", lambda u, layer: 128 * (1 + layer)),
-    Side("fixed", 256, generates=False),
+    Side("fixed", 256, answers=False),
     Side("transformers", scan=None),
     Side("dropped", 128, state_dropping_scan),
 ]
@@ -82,13 +84,14 @@ def test_routed_sides_are_equal_and_the_others_are_not(rows):
 
 def test_perplexity_is_that_of_the_whole_text_in_one_forward(model):
     prompt, reference = [int(i) for i in torch.randint(0, 256, (300,))], list(b" the mill")
-    run = run_side(model, prompt, reference, PASSIVE, max_new_tokens=1, eos_token_id=256)
+    run = run_side(model, prompt, reference, PASSIVE, max_new_tokens=5, eos_token_id=None)
     with torch.inference_mode():
         loss = model(torch.tensor([prompt + reference]), labels=torch.tensor([prompt + reference])).loss.item()
     assert run.nll_tokens == 308
     assert run.nll_nats / run.nll_tokens == pytest.approx(loss, rel=1e-6)
-    assert len(run.generation.tokens) == 1  # the continuation did not advance the cache that decoding starts from
-    assert run.generation.tokens[0] == int(run.logits[-1].argmax())
+    # scoring the reference did not advance the cache that decoding starts from
+    with route(model):
+        assert run.generation == greedy_tokens(model, prompt, max_new_tokens=5, eos_token_id=None)
 
 
 def test_the_summaries_count_what_the_rows_say(rows):

@@ -32,11 +32,11 @@ def plot_prompt_entropy(
     ax = plt.gca() if ax is None else ax
     for place, (task, label) in enumerate(TASK_LABELS.items()):
         values = rows[rows.task == task][column].to_numpy()
-        across = place + np.linspace(-0.28, 0.28, len(values)) if len(values) > 1 else [place]
+        across = place + np.linspace(-0.3, 0.3, len(values) + 2)[1:-1]
         ax.plot(across, values, ".", color=PALETTE[place], markersize=4, alpha=0.7, label=label)
         mean = summary[summary.task == task]
         interval(
-            ax, [place], *([float(mean[name].iloc[0])] for name in ("mean", "low", "high")), color="black", marker="D"
+            ax, [place], *([float(mean[name].iloc[0])] for name in ("mean", "low", "high")), color="black", marker="_"
         )
     if published is not None:
         ax.axhspan(*published, color=GREY, alpha=0.25, linewidth=0)
@@ -46,11 +46,12 @@ def plot_prompt_entropy(
         )  # fmt: skip
     ax.set_xticks(range(len(TASK_LABELS)), TASK_LABELS.values(), rotation=30, ha="right", rotation_mode="anchor")
     ax.set_xlim(-0.6, len(TASK_LABELS) - 0.4)
+    ax.margins(y=0.12)
     return ax
 
 
-def shade_chunks(ax: Axes) -> Axes:
-    """Mark the entropies that the published map [128, 512] with H_ref = ln 256 sends to one chunk, within the limits of y."""
+def shade_chunks(ax: Axes, *, label: bool = True) -> Axes:
+    """Mark the entropies that the published map (128 to 512, H_ref = ln 256) sends to one chunk, within the y range."""
     bottom, top = ax.get_ylim()
     for index, (chunk_size, low, high) in enumerate(ROUTED_BOUNDARIES):
         low, high = max(low, bottom), min(high, top)
@@ -58,6 +59,8 @@ def shade_chunks(ax: Axes) -> Axes:
             continue
         if index % 2:
             ax.axhspan(low, high, color=PALETTE[1], alpha=0.1, linewidth=0, zorder=0)
+        if not label:
+            continue
         ax.annotate(
             f"chunk {chunk_size}", (0.99, (high if chunk_size < 512 else low)), xycoords=("axes fraction", "data"),
             xytext=(0, -2 if chunk_size < 512 else 2), textcoords="offset points", ha="right",
@@ -94,7 +97,7 @@ def plot_prefix_entropy(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     """
     ax = plt.gca() if ax is None else ax
     means = rows.groupby(["layer", "tokens"]).entropy_nats.mean().unstack("tokens")
-    colours = plt.get_cmap("cividis")(np.linspace(0, 0.9, len(means)))
+    colours = plt.get_cmap("cividis")(np.linspace(0, 0.75, len(means)))
     for colour, (_, line) in zip(colours, means.iterrows()):
         ax.plot(line.index, line, "o-", color=colour, markersize=2.5)
     ax.set(xscale="log", xlabel="tokens read", ylim=(0, 5.7))
@@ -102,7 +105,7 @@ def plot_prefix_entropy(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     shown = [0, len(means) // 2, len(means) - 1]
     texts = [f"layer {means.index[i]}" for i in shown]
     label_lines(ax, means.columns[-1], [means.iloc[i, -1] for i in shown], texts, colors=[colours[i] for i in shown])
-    return shade_chunks(ax)
+    return shade_chunks(ax, label=False)
 
 
 def plot_bin_share(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
@@ -116,9 +119,11 @@ def plot_bin_share(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
         ax.plot(line.num_bins, line.share_of_ceiling, MARKERS[index] + "-", color=PALETTE[index], label=signal)
         ends.append((line.share_of_ceiling.iloc[-1], signal, PALETTE[index]))
     ax.axhline(_share_of_512(), color=GREY, linewidth=0.7, linestyle="--")
-    ax.set(xscale="log", xlabel="bins K", ylabel="H / ln K", ylim=(0.35, 1.03))
-    ax.annotate("chunk 512 above", (16, _share_of_512()), xytext=(0, -2), textcoords="offset points", va="top",
-                fontsize=NOTE_POINTS, color=GREY)  # fmt: skip
+    ax.set(xscale="log", xlabel="bins K", ylabel="H / ln K", ylim=(0, 1.05))
+    ax.annotate(
+        "chunk 512 above", (rows.num_bins.max(), _share_of_512()), xytext=(0, -2), textcoords="offset points",
+        va="top", ha="right", fontsize=NOTE_POINTS, color=GREY,
+    )  # fmt: skip
     _power_ticks(ax, rows.num_bins.unique())
     label_lines(ax, rows.num_bins.max(), *zip(*((y, text) for y, text, _ in ends)), colors=[c for _, _, c in ends])
     return ax
@@ -134,8 +139,8 @@ def plot_bin_chunks(rows: pd.DataFrame, column: str, ax: Axes | None = None) -> 
     for index, (_, line) in enumerate(rows.groupby("signal", sort=False)):
         lifted = line[column] * 2 ** ((index - (len(signals) - 1) / 2) * 0.09)
         ax.plot(line.num_bins, lifted, MARKERS[index] + "-", color=PALETTE[index], markersize=2.5, linewidth=0.9)
-    ax.set(xscale="log", yscale="log", xlabel="bins K", ylim=(90, 740))
-    ax.set_yticks([128, 256, 512], ["128", "256", "512"])
+    ax.set(xscale="log", yscale="log", xlabel="bins K", ylim=(25, 740))
+    ax.set_yticks([32, 64, 128, 256, 512], ["32", "64", "128", "256", "512"])
     ax.yaxis.set_minor_locator(NullLocator())
     _power_ticks(ax, rows.num_bins.unique())
     return ax
@@ -151,11 +156,13 @@ def plot_sample_bias(summary: pd.DataFrame, ax: Axes | None = None) -> Axes:
         columns = (list(line[name]) for name in ("num_values", "mean", "low", "high"))
         style = "-" if bounds == "own" else "--"
         interval(ax, *columns, color=PALETTE[index // 2], marker=MARKERS[index], linestyle=style)
-        ax.annotate(f"{distribution}, {'own' if bounds == 'own' else 'fixed'} range",
-                    (line.num_values.iloc[0], line["mean"].iloc[0]), xytext=(0, 7), textcoords="offset points",
-                    fontsize=LABEL_POINTS, color=PALETTE[index // 2])  # fmt: skip
+        end = 0 if bounds == "own" else -1
+        ax.annotate(
+            f"{distribution}, {bounds} range", (line.num_values.iloc[end], line["mean"].iloc[end]), xytext=(0, 7),
+            textcoords="offset points", ha="right" if end else "left", fontsize=LABEL_POINTS, color=PALETTE[index // 2],
+        )  # fmt: skip
     ax.set(xscale="log", xlabel="number of values", ylabel="entropy (nats), K = 256")
-    ax.set_ylim(summary.low.min() - 0.25, summary.high.max() + 0.35)
+    ax.margins(y=0.1)
     return ax
 
 
@@ -169,10 +176,14 @@ def plot_outlier(summary: pd.DataFrame, ax: Axes | None = None) -> Axes:
         columns = (list(line[name]) for name in ("outlier_deviations", "mean", "low", "high"))
         style = "-" if bounds == "own" else "--"
         interval(ax, *columns, color=PALETTE[3 + index], marker=MARKERS[index], linestyle=style)
-        ax.annotate("own range" if bounds == "own" else "fixed range", (line.outlier_deviations.iloc[-1],
-                    line["mean"].iloc[-1]), xytext=(0, 6), textcoords="offset points", ha="right",
-                    fontsize=LABEL_POINTS, color=PALETTE[3 + index])  # fmt: skip
+        place = -2 if bounds == "own" else -1
+        ax.annotate(
+            f"{bounds} range", (line.outlier_deviations.iloc[place], line["mean"].iloc[place]), xytext=(3, 7),
+            textcoords="offset points", ha="right" if place == -1 else "left", fontsize=LABEL_POINTS,
+            color=PALETTE[3 + index],
+        )  # fmt: skip
     ax.set(xlabel="one outlier, in standard deviations")
+    ax.margins(y=0.1)
     return ax
 
 

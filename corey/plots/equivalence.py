@@ -33,7 +33,8 @@ def plot_agreement(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
             clip_on=False,
         )
     counts = rows.groupby("side", sort=False)["n"].max()
-    ax.set_yticks(range(len(sides)), [f"{side}\n{counts[side]} prompts" for side in sides])
+    ax.set_yticks(range(len(sides)), [f"{side} ({counts[side]})" for side in sides])
+    ax.set_ylabel("side (prompts)")
     ax.set_ylim(len(sides) - 0.5, -0.5)  # the first side on top
     ax.tick_params(axis="y", length=0)
     ax.set_xlim(0, 1)
@@ -80,13 +81,15 @@ def plot_first_divergence(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
 def plot_scores(rows: pd.DataFrame, series: Mapping[tuple[str, str], str], ax: Axes | None = None) -> Axes:
     """Mean score of each task, and of all, with bootstrap intervals; one series a (protocol, side).
 
-    rows: those of `side_summary.scores`. series: (protocol, side) -> label, in the order of drawing.
+    rows: those of `side_summary.scores`; a mean of fewer than five prompts is left out. series: (protocol, side) ->
+    label, in the order of drawing.
     """
     ax = ax or plt.gca()
+    rows = rows[rows["n"] >= 5]
     tasks = [task for task in dict.fromkeys(rows["task"]) if task != "all"] + ["all"]
     for index, ((protocol, side), label) in enumerate(series.items()):
         chosen = rows[(rows["protocol"] == protocol) & (rows["side"] == side)].set_index("task").reindex(tasks)
-        x = np.arange(len(tasks)) + (index - (len(series) - 1) / 2) * 0.2
+        x = np.arange(len(tasks)) + (index - (len(series) - 1) / 2) * 0.17
         ax.errorbar(
             x,
             chosen["value"],
@@ -101,7 +104,7 @@ def plot_scores(rows: pd.DataFrame, series: Mapping[tuple[str, str], str], ax: A
     ax.set_xticks(range(len(tasks)), tasks)
     ax.set_ylim(0, 100)
     ax.set_ylabel("score (points)")
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(series), columnspacing=1.5, handletextpad=0.2)
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, columnspacing=1.5, handletextpad=0.2)
     return ax
 
 
