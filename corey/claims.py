@@ -96,22 +96,12 @@ def table(source: str = "all") -> pd.DataFrame:
 
 def markdown(rows: pd.DataFrame) -> str:
     """The table of the README."""
-    lines = [
-        {
-            "": row.id,
-            "claim": row.claim,
-            "published": row.published,
-            "measured here": row.measured or row.note,
-            "verdict": f"**{row.verdict}**",
-            "notebook": f"[{row.notebook[:2]}](notebooks/{row.notebook}.ipynb)" if row.notebook else "",
-        }
-        for row in rows.itertuples()
-    ]
-    return tabulate(_escaped(lines), headers="keys", tablefmt="pipe", disable_numparse=True)
-
-
-def _escaped(lines: list[dict]) -> list[dict]:
-    return [{key: str(value).replace("|", "\\|").strip() for key, value in line.items()} for line in lines]
+    lines = ["| | claim | published | measured here | device | verdict | notebook |", "|---|---|---|---|---|---|---|"]
+    for row in rows.itertuples():
+        link = f"[{row.notebook[:2]}](notebooks/{row.notebook}.ipynb)" if row.notebook else ""
+        cells = (row.id, row.claim, row.published, row.measured or row.note, row.device, f"**{row.verdict}**", link)
+        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
 
 
 def _line(claim: dict, pools: list[pd.DataFrame]) -> dict:
@@ -141,12 +131,12 @@ def _note(claim: dict, verdict: str) -> str:
         return claim["untestable"]
     if verdict != NOT_MEASURED:
         return ""
-    return claim.get("needs") or f"notebook {claim['notebook']}"
+    return "needs " + claim.get("needs", f"notebook {claim['notebook']}")
 
 
 def _measured(row) -> str:
     interval = "" if pd.isna(row.low) else f" [{row.low:.4g}, {row.high:.4g}]"
-    return f"{row.quantity.replace('_', ' ')} {row.value:.4g}{interval}"
+    return f"{row.quantity.replace('_', ' ')}: {row.value:.4g}{interval}"
 
 
 def _relevant(claim: dict, rows: pd.DataFrame) -> pd.DataFrame:
@@ -161,7 +151,12 @@ def _all_true(conditions: list[dict], rows: pd.DataFrame) -> bool | None:
         found = rows[rows["quantity"] == each["quantity"]]
         if found.empty:
             return None
-        outcomes.append(COMPARE[each["op"]](found.iloc[0][each.get("of", "value")], each["bound"]))
+        measured = found.iloc[0][each.get("of", "value")]
+        if pd.isna(measured):
+            raise bad_value(
+                f"{each['quantity']}, {each['of']}", "no interval", "one: a condition of the ledger reads it"
+            )
+        outcomes.append(COMPARE[each["op"]](measured, each["bound"]))
     return all(outcomes) if outcomes else None
 
 

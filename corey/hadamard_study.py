@@ -99,7 +99,7 @@ def activation_rows(model: torch.nn.Module, prompts: Iterable[tuple[str, int, Te
 def bound_rows(model: torch.nn.Module, prompts: Iterable[tuple[str, int, Tensor]], device="cpu") -> pd.DataFrame:
     """max |Hx| over its bound |x|_1 / sqrt(d) for token vectors x of a model and for made ones, one row a vector.
 
-    Columns: source, l1_share (|x|_1 over sqrt(d) |x|_2, 1 where all entries are equally large), largest_share
+    Columns: vectors (where they are from), l1_share (|x|_1 over sqrt(d) |x|_2, 1 where all entries are equally large), largest_share
     (max |Hx| over its bound), largest_before and largest_after (over |x|_2).
     """
     sources = {"one spike": _spike(256), "8 spikes": _spike(256, 8), "constant": torch.ones(1, 256).double()}
@@ -108,7 +108,7 @@ def bound_rows(model: torch.nn.Module, prompts: Iterable[tuple[str, int, Tensor]
         for layer, signal, x in captured_signals(model, ids.to(device)):
             if signal == "scan input":
                 sources.setdefault(f"layer {layer}", x[:: max(1, len(x) // 100)].double().cpu())  # (n, D)
-    return pd.concat([_bounds(x).assign(source=source) for source, x in sources.items()], ignore_index=True)
+    return pd.concat([_bounds(x).assign(vectors=name) for name, x in sources.items()], ignore_index=True)
 
 
 def overflow_rows(x: Tensor, thresholds: Sequence[float]) -> pd.DataFrame:

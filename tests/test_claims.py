@@ -77,6 +77,8 @@ def test_a_condition_can_read_the_end_of_the_interval():
     rows = evidence(x=2.0).assign(low=0.5, high=3.0)
     assert claims.judge(made(reproduced=[above("x", of="low")]), rows) == claims.FAILS
     assert claims.judge(made(reproduced=[above("x")]), rows) == claims.HOLDS
+    with pytest.raises(ValueError, match="no interval"):
+        claims.judge(made(reproduced=[above("x", of="low")]), evidence(x=2.0))
 
 
 def test_the_ledger_has_fifty_claims_and_no_verdict():
@@ -164,7 +166,7 @@ def test_live_rows_decide_before_committed_ones_and_the_device_is_named(one_cond
     write(4.4)
     assert (row.verdict, row.device) == (claims.FAILS, GPU)
     row = claims.table("all").iloc[0]
-    assert (row.verdict, row.device, row.source, row.measured) == (claims.HOLDS, CPU, "live", "loop 4.4")
+    assert (row.verdict, row.device, row.source, row.measured) == (claims.HOLDS, CPU, "live", "loop: 4.4")
     assert claims.table("committed").iloc[0].verdict == claims.FAILS
 
 

@@ -100,7 +100,6 @@ def test_the_schedule_grows_and_the_learning_rate_falls():
     assert training.learning_rate(5000, 10_000) > training.learning_rate(9999, 10_000) > 0
 
 
-@pytest.mark.slow
 def test_three_steps_on_a_cpu_leave_a_checkpoint_that_transformers_loads(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Figures of the Hadamard rotation (notebook 02). Rows are those of `corey.hadamard_study`, means those of its notebook."""
+"""Figures of the Hadamard rotation (notebook 02). Rows are those of `corey.hadamard_study`."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -131,20 +131,20 @@ def plot_layer_gain(rows: pd.DataFrame, means: pd.DataFrame, ax: Axes | None = N
 
 
 def plot_largest_entry(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
-    """Largest entry of a vector before and after rotation, and its bound, in units of the vector's norm, by source.
+    """Largest entry of a vector before and after rotation, and its bound, in units of the vector's norm, by origin.
 
-    rows: source, l1_share (the bound), largest_before, largest_after; one row a vector, drawn as medians with the 5th
+    rows: vectors, l1_share (the bound), largest_before, largest_after; one row a vector, drawn as medians with the 5th
     to 95th percentile.
     """
     ax = plt.gca() if ax is None else ax
-    sources = list(dict.fromkeys(rows.source))[::-1]
+    sources = list(dict.fromkeys(rows.vectors))[::-1]
     series = (
         ("largest_before", "before", BEFORE),
         ("largest_after", "after", AFTER),
         ("l1_share", "bound", PALETTE[3]),
     )
     for index, (column, text, colour) in enumerate(series):
-        groups = rows.groupby("source")[column]
+        groups = rows.groupby("vectors")[column]
         middle, low, high = (groups.quantile(level).loc[sources] for level in (0.5, 0.05, 0.95))
         heights = np.arange(len(sources)) + 0.2 * (1 - index)
         ax.errorbar(middle, heights, xerr=[middle - low, high - middle], fmt=MARKERS[index], color=colour, markersize=2.5,
