@@ -97,17 +97,20 @@ def activation_rows(model: torch.nn.Module, prompts: Iterable[tuple[str, int, Te
 
 
 def bound_rows(model: torch.nn.Module, prompts: Iterable[tuple[str, int, Tensor]], device="cpu") -> pd.DataFrame:
-    """max |Hx| over its bound |x|_1 / sqrt(d) for token vectors x of a model and for made ones, one row a vector.
+    """Token vectors x of a model (scan inputs of at most eight layers) and made ones against the bound on max |Hx|.
 
-    Columns: vectors (where they are from), l1_share (|x|_1 over sqrt(d) |x|_2, 1 where all entries are equally large), largest_share
-    (max |Hx| over its bound), largest_before and largest_after (over |x|_2).
+    Columns: vectors (where they are from), l1_share (the bound |x|_1 / sqrt(d) over |x|_2, 1 where all entries are equally
+    large), largest_share (max |Hx| over the bound), largest_before and largest_after (max |x| and max |Hx| over |x|_2).
     """
     sources = {"one spike": _spike(256), "8 spikes": _spike(256, 8), "constant": torch.ones(1, 256).double()}
     sources["normal"] = torch.randn(200, 256, generator=_generator(0), dtype=torch.float64)
+    kept: dict[str, list[Tensor]] = {}
     for _, _, ids in prompts:
-        for layer, signal, x in captured_signals(model, ids.to(device)):
-            if signal == "scan input":
-                sources.setdefault(f"layer {layer}", x[:: max(1, len(x) // 100)].double().cpu())  # (n, D)
+        scan_inputs = [x for _, signal, x in captured_signals(model, ids.to(device)) if signal == "scan input"]
+        for layer in range(0, len(scan_inputs), math.ceil(len(scan_inputs) / 8)):
+            x = scan_inputs[layer]  # (L, D)
+            kept.setdefault(f"layer {layer}", []).append(x[:: max(1, len(x) // 100)].double().cpu())
+    sources |= {name: torch.cat(parts) for name, parts in kept.items()}
     return pd.concat([_bounds(x).assign(vectors=name) for name, x in sources.items()], ignore_index=True)
 
 

@@ -60,7 +60,7 @@ def plot_gain_by_bins(own: pd.DataFrame, common: pd.DataFrame, ax: Axes | None =
     for index, (rows, text) in enumerate(((own, "own range of each"), (common, "bins common to both"))):
         columns = (list(rows[name]) for name in ("mean", "low", "high"))
         interval(ax, place, *columns, color=PALETTE[2 + index], marker=MARKERS[index], linestyle="-")
-        ax.annotate(text, (place[-1], rows["mean"].iloc[-1]), xytext=(0, -12 if index == 0 else 6), ha="right",
+        ax.annotate(text, (place[-1], rows["mean"].iloc[-1]), xytext=(0, -18 if index == 0 else 6), ha="right",
                     textcoords="offset points", fontsize=LABEL_POINTS, color=PALETTE[2 + index])  # fmt: skip
     ax.axhline(0, color=GREY, linewidth=0.7)
     ax.set_xticks(place, [_thousands(seqlen) for seqlen in own.seqlen])
@@ -78,7 +78,7 @@ def plot_norm_ratio(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
         line = rows[rows.routine == routine].sort_values("width")
         ax.plot(line.width, line["mean"], MARKERS[index] + "-", color=colour)
         ax.annotate(f"{routine} routine", (line.width.iloc[-1], line["mean"].iloc[-1]),
-                    xytext=(0, 6 if routine == "published" else -10), textcoords="offset points", ha="right",
+                    xytext=(0, 14 if routine == "published" else -10), textcoords="offset points", ha="right",
                     fontsize=LABEL_POINTS, color=colour)  # fmt: skip
     ax.set(xscale="log", xlabel="width d", ylabel="norm after / norm before", ylim=(0, 1.1))
     ax.set_xticks(sorted(rows.width.unique()), [str(width) for width in sorted(rows.width.unique())])
@@ -147,11 +147,12 @@ def plot_largest_entry(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
         groups = rows.groupby("vectors")[column]
         middle, low, high = (groups.quantile(level).loc[sources] for level in (0.5, 0.05, 0.95))
         heights = np.arange(len(sources)) + 0.2 * (1 - index)
-        ax.errorbar(middle, heights, xerr=[middle - low, high - middle], fmt=MARKERS[index], color=colour, markersize=2.5,
-                    elinewidth=0.8, label=text)  # fmt: skip
+        spread = [middle - low, high - middle]
+        ax.errorbar(middle, heights, xerr=spread, fmt=MARKERS[index], color=colour, markersize=2.5, elinewidth=0.8,
+                    label=text)  # fmt: skip
     ax.set_yticks(range(len(sources)), sources)
     ax.set(xlabel="largest entry / norm", ylim=(-0.6, len(sources) - 0.4), xlim=(0, 1.03))
-    ax.legend(loc="lower right", handletextpad=0.1)
+    ax.legend(loc="center", bbox_to_anchor=(0.55, 0.55), handletextpad=0.1)
     return ax
 
 
@@ -168,7 +169,7 @@ def plot_overflow(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ticks = [tick for tick in (1, 3, 10, 30, 100) if rows.threshold.min() <= tick <= rows.threshold.max()]
     ax.set_xticks(ticks, [str(tick) for tick in ticks])
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.legend(loc="upper right")
+    ax.legend(loc="lower left")
     return ax
 
 
