@@ -99,8 +99,9 @@ def activation_rows(model: torch.nn.Module, prompts: Iterable[tuple[str, int, Te
 def bound_rows(model: torch.nn.Module, prompts: Iterable[tuple[str, int, Tensor]], device="cpu") -> pd.DataFrame:
     """Token vectors x of a model (scan inputs of at most eight layers) and made ones against the bound on max |Hx|.
 
-    Columns: vectors (where they are from), l1_share (the bound |x|_1 / sqrt(d) over |x|_2, 1 where all entries are equally
-    large), largest_share (max |Hx| over the bound), largest_before and largest_after (max |x| and max |Hx| over |x|_2).
+    Columns: vectors (where they are from), l1_share (the bound |x|_1 / sqrt(d) over |x|_2, 1 where all entries are
+    equally large), largest_share (max |Hx| over the bound), largest_before and largest_after (max |x| and max |Hx| over
+    |x|_2).
     """
     sources = {"one spike": _spike(256), "8 spikes": _spike(256, 8), "constant": torch.ones(1, 256).double()}
     sources["normal"] = torch.randn(200, 256, generator=_generator(0), dtype=torch.float64)

@@ -97,10 +97,17 @@ def official() -> Protocol:
     return Protocol("official", lengths, _official_prompt, _cut_middle, _official_score)
 
 
-def published() -> Protocol:
+def published(cut: str = "right") -> Protocol:
     """The paper's protocol: short templates, truncation on the right, the first answer only, exact match for
-    multifieldqa_en. Normalisation and ROUGE-L are lm-eval's, since the paper does not say which it used."""
-    return Protocol("published", PUBLISHED_MAX_NEW_TOKENS, _published_prompt, _cut_right, _published_score)
+    multifieldqa_en. Normalisation and ROUGE-L are lm-eval's, since the paper does not say which it used.
+
+    cut="middle" (name "published_middle_cut") changes the truncation to the official one and nothing else.
+    """
+    cuts = {"right": ("published", _cut_right), "middle": ("published_middle_cut", _cut_middle)}
+    if cut not in cuts:
+        raise bad_value("cut", repr(cut), "'right' or 'middle'")
+    name, function = cuts[cut]
+    return Protocol(name, PUBLISHED_MAX_NEW_TOKENS, _published_prompt, function, _published_score)
 
 
 _PROTOCOLS = {"official": official, "published": published}

@@ -23,7 +23,7 @@ from corey.scan import scan_reset_ref, selective_scan
 @dataclass(frozen=True)
 class Side:
     """A way to run the model. chunk_size: as in `corey.routing.route`. scan: the operator, or None for transformers'
-    own path, which is not routed. answers: whether to go on after the prompt, to decode an answer and for perplexity."""
+    own path, which is not routed. answers: whether to go on after the prompt, for an answer and for perplexity."""
 
     name: str
     chunk_size: int | Callable | None = None
@@ -34,8 +34,8 @@ class Side:
 @dataclass(frozen=True)
 class Run:
     """One side's results: logits (L, V) at the prompt's positions; nll_nats over prompt and reference; generation;
-    chunks of the prompt's scans by layer. None for what a side does not do; transformers' path has no nll_nats, since it
-    cannot go on from a cache with several tokens."""
+    chunks of the prompt's scans by layer. None for what a side does not do; transformers' path has no nll_nats, since
+    it cannot go on from a cache with several tokens."""
 
     logits: torch.Tensor
     nll_nats: float | None

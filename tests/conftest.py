@@ -1,4 +1,4 @@
-"""What all tests share: GPU tests skip with a reason where there is no GPU, and two workers do not fight for two cores."""
+"""Shared by all tests: GPU tests skip where there is no GPU, and two workers do not fight for two cores."""
 
 import os
 

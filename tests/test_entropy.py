@@ -45,10 +45,8 @@ def test_a_span_below_1e_8_counts_as_constant_as_published():
 
 
 def test_the_span_carries_the_published_1e_8():
-    # q = 1.5e-8 / 2.5e-8 = 0.6 for the largest value, so four bins hold it in bin 2; without the 1e-8 it is in bin 3,
-    # beside nothing else, and 1.1e-8 / 2.5e-8 = 0.44 would be apart from 0.73 as well.
-    x = torch.tensor([0.0, 1.3e-8, 1.5e-8])
-    assert float(histogram_entropy(x, 4)) == pytest.approx(-(1 / 3) * math.log(1 / 3) - (2 / 3) * math.log(2 / 3))
+    # over 2.5e-8 the three values are at 0, 0.48 and 0.6: three bins of four; over 1.5e-8 the last two share one
+    assert float(histogram_entropy(torch.tensor([0.0, 1.2e-8, 1.5e-8]), 4)) == pytest.approx(math.log(3))
 
 
 @pytest.mark.parametrize("num_bins", [2, 64, 256, 2048])
@@ -89,8 +87,8 @@ def test_one_outlier_lowers_the_entropy_over_the_own_range_and_not_over_a_fixed_
 
 
 def test_values_outside_a_fixed_range_fall_into_the_end_bins():
-    x = torch.tensor([-math.inf, -9.0, 0.1, 9.0, math.inf, 1.0])  # 1.0 is the upper end itself
-    shares = torch.tensor([2.0, 1.0, 3.0]) / 6
+    x = torch.tensor([-math.inf, 0.1, 9.0, 2.0, math.inf, 1.0])  # 1.0 is the upper end itself
+    shares = torch.tensor([1.0, 1.0, 4.0]) / 6
     assert float(histogram_entropy(x, 10, (0.0, 1.0))) == pytest.approx(float(-(shares * shares.log()).sum()), abs=1e-6)
 
 
@@ -199,3 +197,23 @@ def test_the_tier_1_estimator_widens_the_range_and_normalises():
     assert tier1_entropy(rng.random(1_000_000)) == pytest.approx(math.log(64 / 1.1) / math.log(64), abs=2e-3)
     assert tier1_entropy(np.full(10, 3.0)) == 0.0
     assert tier1_entropy(np.array([0.0, 1.0])) == pytest.approx(math.log(2) / math.log(64))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("arguments", [{}, {"range": (-4.0, 4.0)}, {"dim": 1}], ids=["own", "fixed", "by-token"])
+def test_cuda_agrees_with_the_cpu_and_never_waits_for_the_device(arguments):
+    x = normal(2, 64, 300)
+    on_device = x.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = histogram_entropy(on_device, **arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.allclose(found.cpu(), histogram_entropy(x, **arguments), atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_cuda_gives_nan_where_the_cpu_raises():
+    x = torch.tensor([[0.0, math.nan], [0.0, 1.0]]).cuda()
+    assert histogram_entropy(x, dim=1).isnan().tolist() == [True, False]
+    assert histogram_entropy(x, range=(0.0, 1.0), dim=1).isnan().tolist() == [True, False]

@@ -270,6 +270,13 @@ def test_the_published_cut_drops_the_question():
     assert b"Question" not in bytes(prompt.ids[1:])
 
 
+def test_the_published_prompt_keeps_its_question_when_only_the_cut_is_changed():
+    tokenizer, text = ByteTokenizer(), prompt_for("qasper", ROW, "published").encode()
+    prompt = published(cut="middle").encode(tokenizer, "qasper", ROW, 60)
+    assert bytes(prompt.ids[1:]) == text[:29] + text[-30:]
+    assert published(cut="middle").name != published().name == "published"
+
+
 @pytest.mark.parametrize("protocol", [official, published])
 def test_a_prompt_that_fits_is_not_touched(protocol):
     text = protocol().prompt("qasper", ROW).encode()
@@ -289,6 +296,7 @@ def test_a_cut_through_a_character_is_decoded_as_the_official_code_does():
     "call, name",
     [
         pytest.param(lambda: prompt_for("qasper", ROW, "paper"), "protocol", id="protocol"),
+        pytest.param(lambda: published(cut="left"), "cut", id="cut"),
         pytest.param(lambda: prompt_for("qasper", []), "row", id="row"),
         pytest.param(lambda: prompt_for("qasper", {**ROW, "input": 1}), "row field input", id="input"),
         pytest.param(lambda: prompt_for("hotpotqa", ROW), "task", id="task"),

@@ -38,7 +38,7 @@ def plot_agreement(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_ylim(len(sides) - 0.5, -0.5)  # the first side on top
     ax.tick_params(axis="y", length=0)
     ax.set_xlim(0, 1)
-    ax.set_xlabel("fraction of prompts equal to passive")
+    ax.set_xlabel("fraction equal to passive")
     ax.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), handletextpad=0.2, borderaxespad=0, labelspacing=0.2)
     return ax
 
@@ -82,14 +82,14 @@ def plot_scores(rows: pd.DataFrame, series: Mapping[tuple[str, str], str], ax: A
     """Mean score of each task, and of all, with bootstrap intervals; one series a (protocol, side).
 
     rows: those of `side_summary.scores`; a mean of fewer than five prompts is left out. series: (protocol, side) ->
-    label, in the order of drawing.
+    label, in the order of drawing; the number of prompts is added in brackets.
     """
     ax = ax or plt.gca()
     rows = rows[rows["n"] >= 5]
     tasks = [task for task in dict.fromkeys(rows["task"]) if task != "all"] + ["all"]
     for index, ((protocol, side), label) in enumerate(series.items()):
         chosen = rows[(rows["protocol"] == protocol) & (rows["side"] == side)].set_index("task").reindex(tasks)
-        x = np.arange(len(tasks)) + (index - (len(series) - 1) / 2) * 0.17
+        x = np.arange(len(tasks)) + (index - (len(series) - 1) / 2) * 0.15
         ax.errorbar(
             x,
             chosen["value"],
@@ -97,7 +97,7 @@ def plot_scores(rows: pd.DataFrame, series: Mapping[tuple[str, str], str], ax: A
             fmt=MARKERS[index],
             color=PALETTE[index],
             elinewidth=0.8,
-            label=label,
+            label=f"{label} ({chosen.loc['all', 'n']:.0f})",
             clip_on=False,
         )
     ax.axvline(len(tasks) - 1.5, color=GREY, lw=0.5)
