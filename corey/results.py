@@ -204,7 +204,7 @@ def _read_one(name: str, source: str) -> pd.DataFrame:
     content = path.read_bytes()
     if _sha256(content) != record["sha256"]:
         raise ValueError(f"{path} differs from the checksum in {path.stem}.json: the rows were edited or half written")
-    table = pd.read_csv(io.BytesIO(content), keep_default_na=False, na_values=[""], float_precision="round_trip")
+    table = pd.read_csv(io.BytesIO(content), keep_default_na=False, na_values=[""])
     _check_devices(table["device"], path)
     return table.assign(source=source)
 
