@@ -8,12 +8,6 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from corey.figures import GREY, LABEL_POINTS, MARKERS, NOTE_POINTS, PALETTE, interval, label_lines
 
-TASK_LABELS = {
-    "narrativeqa": "NarrativeQA",
-    "qasper": "Qasper",
-    "multifieldqa_en": "MultiFieldQA",
-    "gov_report": "GovReport",
-}
 ROUTED_BOUNDARIES = (
     (128, 0.0, 0.766),
     (256, 0.766, 3.38),
@@ -22,15 +16,15 @@ ROUTED_BOUNDARIES = (
 
 
 def plot_prompt_entropy(
-    rows: pd.DataFrame, summary: pd.DataFrame, column: str, ax: Axes | None = None, *, published=None
+    rows: pd.DataFrame, summary: pd.DataFrame, column: str, labels: dict, ax: Axes | None = None, *, published=None
 ) -> Axes:
     """One dot a prompt by task, with the mean and its interval.
 
-    rows: task and `column`, one row a prompt. summary: task, mean, low, high. published: None or the (low, high) of the
-    paper's own prompts, drawn as a band.
+    rows: task and `column`, one row a prompt. summary: task, mean, low, high. labels: task -> label. published: None or
+    the (low, high) of the paper's own prompts, drawn as a band.
     """
     ax = plt.gca() if ax is None else ax
-    for place, (task, label) in enumerate(TASK_LABELS.items()):
+    for place, (task, label) in enumerate(labels.items()):
         values = rows[rows.task == task][column].to_numpy()
         across = place + np.linspace(-0.3, 0.3, len(values) + 2)[1:-1]
         ax.plot(across, values, ".", color=PALETTE[place], markersize=4, alpha=0.7, label=label)
@@ -44,8 +38,8 @@ def plot_prompt_entropy(
             "published (Mamba-370M)", (3.5, published[0]), xytext=(0, -2), textcoords="offset points",
             ha="right", va="top", fontsize=NOTE_POINTS, color=GREY,
         )  # fmt: skip
-    ax.set_xticks(range(len(TASK_LABELS)), TASK_LABELS.values(), rotation=30, ha="right", rotation_mode="anchor")
-    ax.set_xlim(-0.6, len(TASK_LABELS) - 0.4)
+    ax.set_xticks(range(len(labels)), labels.values(), rotation=30, ha="right", rotation_mode="anchor")
+    ax.set_xlim(-0.6, len(labels) - 0.4)
     ax.margins(y=0.12)
     return ax
 
@@ -70,13 +64,13 @@ def shade_chunks(ax: Axes, *, label: bool = True) -> Axes:
     return ax
 
 
-def plot_layer_entropy(rows: pd.DataFrame, summary: pd.DataFrame, ax: Axes | None = None) -> Axes:
+def plot_layer_entropy(rows: pd.DataFrame, summary: pd.DataFrame, labels: dict, ax: Axes | None = None) -> Axes:
     """Entropy of every layer's scan input: a dot a prompt, the mean with its interval, and the chunks it maps to.
 
     rows: layer, task and entropy_nats, one row a prompt and layer. summary: layer, mean, low, high.
     """
     ax = plt.gca() if ax is None else ax
-    for index, (task, label) in enumerate(TASK_LABELS.items()):
+    for index, (task, label) in enumerate(labels.items()):
         of_task = rows[rows.task == task]
         across = of_task.layer + (index - 1.5) * 0.13
         ax.plot(

@@ -78,11 +78,13 @@ def plot_first_divergence(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     return ax
 
 
-def plot_scores(rows: pd.DataFrame, series: Mapping[tuple[str, str], str], ax: Axes | None = None) -> Axes:
+def plot_scores(
+    rows: pd.DataFrame, series: Mapping[tuple[str, str], str], labels: Mapping[str, str], ax: Axes | None = None
+) -> Axes:
     """Mean score of each task, and of all, with bootstrap intervals; one series a (protocol, side).
 
     rows: those of `side_summary.scores`; a mean of fewer than five prompts is left out. series: (protocol, side) ->
-    label, in the order of drawing; the number of prompts is added in brackets.
+    label, in the order of drawing; the number of prompts is added in brackets. labels: task -> label.
     """
     ax = ax or plt.gca()
     rows = rows[rows["n"] >= 5]
@@ -101,7 +103,7 @@ def plot_scores(rows: pd.DataFrame, series: Mapping[tuple[str, str], str], ax: A
             clip_on=False,
         )
     ax.axvline(len(tasks) - 1.5, color=GREY, lw=0.5)
-    ax.set_xticks(range(len(tasks)), tasks)
+    ax.set_xticks(range(len(tasks)), [*(labels[task] for task in tasks[:-1]), "all"])
     ax.set_ylim(0, 100)
     ax.set_ylabel("score (points)")
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, columnspacing=1.5, handletextpad=0.2)
