@@ -95,13 +95,22 @@ def table(source: str = "all") -> pd.DataFrame:
 
 
 def markdown(rows: pd.DataFrame) -> str:
-    """The table of the README."""
-    lines = ["| | claim | published | measured here | device | verdict | notebook |", "|---|---|---|---|---|---|---|"]
+    """The table of the README; notebooks that are still to come are named, not linked."""
+    header = ("", "claim", "verdict", "published", "measured here", "device", "notebook", "figure")
+    lines = [_cells(header), "|---" * len(header) + "|"]
     for row in rows.itertuples():
-        link = f"[{row.notebook[:2]}](notebooks/{row.notebook}.ipynb)" if row.notebook else ""
-        cells = (row.id, row.claim, row.published, row.measured or row.note, row.device, f"**{row.verdict}**", link)
-        lines.append("| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |")
+        notebook = paths.NOTEBOOKS / f"{row.notebook}.ipynb"
+        link = f"[{row.notebook[:2]}](notebooks/{notebook.name})" if notebook.exists() else row.notebook[:2]
+        figure = f"[{row.figure}](figures/{row.figure}.png)" if row.figure else ""
+        measured = row.measured or row.note
+        lines.append(
+            _cells((row.id, row.claim, f"**{row.verdict}**", row.published, measured, row.device, link, figure))
+        )
     return "\n".join(lines)
+
+
+def _cells(texts: Iterable) -> str:
+    return "| " + " | ".join(str(text).replace("|", "\\|") for text in texts) + " |"
 
 
 def _line(claim: dict, pools: list[pd.DataFrame]) -> dict:

@@ -1,0 +1,39 @@
+"""The first page tells the truth: its table is computed, its commands and links exist, its code runs."""
+
+import re
+
+import pytest
+
+from corey import claims
+from corey.paths import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_claims_table_is_what_the_committed_rows_say():
+    written = re.search(r"<!-- claims: [^>]* -->\n(.*?)\n?<!-- /claims -->", README, re.DOTALL).group(1)
+    assert written == claims.markdown(claims.table("committed")).strip()
+
+
+def test_every_make_command_is_a_target():
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split()
+    commands = set(re.findall(r"^make (\w+)|`make (\w+)|&& make (\w+)", README, re.MULTILINE))
+    assert {name for names in commands for name in names if name} <= set(targets)
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"\]\((?!https?:)([^)#]+)\)", README))))
+def test_a_link_leads_somewhere(name):
+    assert (ROOT / name).exists()
+
+
+@pytest.mark.parametrize("folder", re.findall(r"^\| `(\w+/)` \|", README, re.MULTILINE))
+def test_a_folder_of_the_layout_exists(folder):
+    assert folder == "build/" or (ROOT / folder).is_dir()
+
+
+def test_the_five_lines_of_the_scan_run():
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    names: dict = {}
+    exec(code, names)
+    assert names["y"].shape == (1, 1024, 4096)
+    assert names["state"].shape == (1, 1024, 16)
