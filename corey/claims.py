@@ -95,12 +95,12 @@ def table(source: str = "all") -> pd.DataFrame:
 
 
 def markdown(rows: pd.DataFrame) -> str:
-    """The table of the README; notebooks that are still to come are named, not linked."""
+    """The table of the README; a notebook is linked once it has measured, since some are still to come."""
     header = ("", "claim", "verdict", "published", "measured here", "device", "notebook", "figure")
     lines = [_cells(header), "|---" * len(header) + "|"]
     for row in rows.itertuples():
-        notebook = paths.NOTEBOOKS / f"{row.notebook}.ipynb"
-        link = f"[{row.notebook[:2]}](notebooks/{notebook.name})" if notebook.exists() else row.notebook[:2]
+        number = row.notebook[:2]
+        link = f"[{number}](notebooks/{row.notebook}.ipynb)" if row.measured else number
         figure = f"[{row.figure}](figures/{row.figure}.png)" if row.figure else ""
         measured = row.measured or row.note
         lines.append(
