@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from corey import claims
+from corey import claims, results
 from corey.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -13,6 +13,12 @@ README = (ROOT / "README.md").read_text()
 def test_the_claims_table_is_what_the_committed_rows_say():
     written = re.search(r"<!-- claims: [^>]* -->\n(.*?)\n?<!-- /claims -->", README, re.DOTALL).group(1)
     assert written == claims.markdown(claims.table("committed")).strip()
+
+
+def test_the_speed_of_the_scan_is_that_of_the_committed_rows():
+    ratio = results.read_rows("03_chunk_sweep_baselines", "committed").set_index("form").ratio
+    told = [int(times) for times in re.findall(r"(\d+) times as\s+fast", README)]
+    assert told == [round(ratio["mamba-minimal, token loop"]), round(ratio["transformers, PyTorch path"])]
 
 
 def test_every_make_command_is_a_target():
