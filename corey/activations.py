@@ -56,17 +56,6 @@ def mamba_mixers(model: nn.Module) -> list[nn.Module]:
     return list(_mixers(model))
 
 
-def byte_tokens(text: str, *, max_tokens: int | None = None, device: str | torch.device = "cpu") -> Tensor:
-    """(1, L) int64 ids of a byte-level vocabulary (id = byte value of the UTF-8 text), cut to `max_tokens`."""
-    if not isinstance(text, str):
-        raise bad_type("text", text, "a str")
-    if not text:
-        raise bad_value("text", repr(text), "at least one character")
-    if max_tokens is not None and max_tokens < 1:
-        raise bad_value("max_tokens", max_tokens, "None or at least 1")
-    return torch.tensor([list(text.encode("utf-8"))[:max_tokens]], dtype=torch.int64, device=device)
-
-
 def _mixers(model: nn.Module) -> Iterator[nn.Module]:
     from transformers.models.mamba.modeling_mamba import MambaMixer
 

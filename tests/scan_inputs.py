@@ -87,3 +87,12 @@ def in_float64(inputs):
 
 def relative_error(got, want):
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def tokens(inputs, first, last):
+    """The inputs of tokens first to last - 1."""
+    part = dict(inputs)
+    for name in ("u", "delta", "z", "B", "C"):
+        if name in part and part[name].dim() > 2:
+            part[name] = part[name][..., first:last]
+    return part

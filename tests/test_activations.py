@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from byte_ids import byte_tokens
 from transformers import MambaConfig, MambaForCausalLM
 
-from corey.activations import byte_tokens, capture_activations, mamba_mixers
+from corey.activations import capture_activations, mamba_mixers
 
 TEXT = "The ledger was checked twice before noon; the stamp is scarlet."
 
@@ -55,11 +56,6 @@ def test_a_batch_is_kept_row_by_row(model):
     assert torch.allclose(both.u[2][1:], second.u[2], atol=1e-5)
 
 
-def test_byte_tokens_are_the_bytes_of_the_text():
-    assert byte_tokens("aé").tolist() == [[97, 195, 169]]
-    assert byte_tokens("abcdef", max_tokens=3).tolist() == [[97, 98, 99]]
-
-
 @pytest.mark.parametrize(
     ("error", "name", "call"),
     [
@@ -68,8 +64,6 @@ def test_byte_tokens_are_the_bytes_of_the_text():
         (TypeError, "token_ids", lambda m: capture_activations(m, [1, 2])),
         (ValueError, "token_ids", lambda m: capture_activations(m, torch.zeros(1, 0, dtype=torch.int64))),
         (ValueError, "token_ids", lambda m: capture_activations(m, torch.zeros(1, 3))),
-        (ValueError, "text", lambda m: byte_tokens("")),
-        (ValueError, "max_tokens", lambda m: byte_tokens("a", max_tokens=0)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

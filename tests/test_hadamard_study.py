@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from byte_ids import byte_tokens
 from transformers import MambaConfig, MambaForCausalLM
 
 from corey import hadamard_study as study
-from corey.activations import byte_tokens
 
 PROMPTS = [("narrativeqa", 0, byte_tokens("The mill was quiet. Petra kept the key. " * 3))]
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from byte_ids import byte_tokens
 from transformers import MambaConfig, MambaForCausalLM
 
-from corey.activations import byte_tokens
 from corey.hadamard import fake_quantise
 from corey.quantise import QuantisedLinear, quantised, relative_error
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from scan_inputs import LAYOUTS, OPTIONS, in_float64, lay_out, make_inputs, relative_error
+from scan_inputs import LAYOUTS, OPTIONS, in_float64, lay_out, make_inputs, relative_error, tokens
 
 from corey import selective_scan, selective_scan_ref
 from corey.scan import TILE, scan_carried_ref, scan_reset_ref
@@ -35,15 +35,6 @@ def assert_same_bits(got, want):
 
 def run(inputs, **changes):
     return selective_scan(**(inputs | changes), return_last_state=True)
-
-
-def tokens(inputs, first, last):
-    """The inputs of tokens first to last - 1."""
-    part = dict(inputs)
-    for name in ("u", "delta", "z", "B", "C"):
-        if name in part and part[name].dim() > 2:
-            part[name] = part[name][..., first:last]
-    return part
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scan_inputs import LAYOUTS, OPTIONS, in_float64, make_inputs, relative_error
+from scan_inputs import LAYOUTS, OPTIONS, in_float64, make_inputs, relative_error, tokens
 
 from corey import selective_scan, selective_scan_ref
 from corey.scan import TILE
@@ -33,14 +33,6 @@ def run(inputs, **changes):
 
 def same_bits(got, want):
     return all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-
-def tokens(inputs, first, last):
-    part = dict(inputs)
-    for name in ("u", "delta", "z", "B", "C"):
-        if name in part and part[name].dim() > 2:
-            part[name] = part[name][..., first:last]
-    return part
 
 
 @gate
