@@ -36,13 +36,18 @@ def check_no_gradient(tensors):
         )
 
 
-def check_chunk_size(chunk_size, *, multiple_of):
-    """A positive int that is a multiple of `multiple_of` tokens."""
+def check_chunk_size(chunk_size, *, multiple_of, device=None):
+    """A positive int that is a multiple of `multiple_of` tokens; with a CUDA `device` also a 0-dim int32 tensor there."""
     if isinstance(chunk_size, torch.Tensor):
-        raise TypeError(
-            f"chunk_size: got a tensor on {chunk_size.device}, want an int or None; a decision kept on the device is "
-            "for the CUDA kernels, which are not in this version"
-        )
+        if device is None or device.type != "cuda":
+            raise TypeError(
+                f"chunk_size: got a tensor on {chunk_size.device}, want an int or None; a choice kept on the device is "
+                "for scans on CUDA"
+            )
+        if chunk_size.device != device or chunk_size.dtype != torch.int32 or chunk_size.dim() != 0:
+            got = f"a {chunk_size.dtype} tensor of shape {tuple(chunk_size.shape)} on {chunk_size.device}"
+            raise bad_value("chunk_size", got, f"an int, None or a 0-dim torch.int32 tensor on {device}")
+        return
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int | torch.SymInt):
         raise bad_type("chunk_size", chunk_size, "an int")
     if chunk_size <= 0 or chunk_size % multiple_of != 0:

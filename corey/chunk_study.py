@@ -1,23 +1,28 @@
-"""What notebook 03 measures and replays: the published chunked-scan benchmark beside forms that keep the recurrence."""
+"""What notebook 03 measures and replays: the published chunked-scan benchmark beside forms that keep the recurrence.
+
+On a GPU every form is timed by both of `corey.clocks`: from an idle device, as the published benchmark was, and as the
+replay of a graph, which has no host in it.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from torch import Tensor
 
 from corey import benchmark
 from corey._check import bad_value
-from corey.entropy import histogram_entropy
+from corey.clocks import from_idle, median_interval, on_device
 from corey.published import read_published
 from corey.scan import TILE, scan_carried_ref, scan_reset_ref, selective_scan, selective_scan_ref
 from corey.schedulers import PUBLISHED_RANGES, ChunkRule
 
-FORMS = ("reset", "carried", "one_launch")
+HOST_LOOPS = ("reset", "carried")
+FORMS = (*HOST_LOOPS, "one_launch")
 DISTRIBUTIONS = ("uniform", "normal", "laplace", "sparse10", "sparse2")
 MEMORIES = {"forgetful": 1.0, "long": 2e-3}  # size of a time step; the slowest state lasts about 1 / step tokens
+HEAD_START_BYTES = 1 << 30  # overwriting them takes a GPU longer than its host needs to launch a graph of many nodes
 
 
 def published_inputs(
@@ -93,7 +98,7 @@ def draw(distribution: str, shape: Sequence[int], *, seed: int) -> Tensor:
 # ---- the sweep -------------------------------------------------------------------------------------------------------
 
 
-def scan_form(form: str, inputs: Mapping, chunk_size: int) -> Callable[[], Tensor]:
+def scan_form(form: str, inputs: Mapping, chunk_size: int | None) -> Callable[[], Tensor]:
     """A call without arguments: "reset" and "carried" loop on the host, "one_launch" hands the chunk to the scan.
 
     A chunk of at least L tokens makes one call in every form, and is the unsliced scan.
@@ -116,46 +121,99 @@ def legal_forms(chunk_sizes: Iterable[int]) -> list[tuple[str, int]]:
 
 def num_launches(form: str, chunk_size: int, seqlen: int) -> int:
     """Calls of the scan that a form makes for one sequence."""
-    return 1 if form == "one_launch" else -(-seqlen // chunk_size)
+    return -(-seqlen // chunk_size) if form in HOST_LOOPS else 1
 
 
 def sweep(inputs: Mapping, chunk_sizes: Iterable[int], *, rounds: int, seed: int) -> pd.DataFrame:
     """Paired timings of every form at every chunk: the rows of `benchmark.paired` with form, chunk_size and n_launches.
 
-    Give L itself as the largest chunk to have the unsliced call in the sweep.
+    "default" is one call with the chunk left to the scan, under chunk_size L: the unsliced scan as anyone would call
+    it. Every form is timed from an idle device; on a GPU its graph replay is timed too, as form "<form>_graph".
     """
-    forms = legal_forms(chunk_sizes)
-    functions = {f"{form}_{size}": scan_form(form, inputs, size) for form, size in forms}
-    rows = benchmark.paired(functions, rounds=rounds, seed=seed, device=inputs["u"].device)
-    columns = {f"{form}_{size}": (form, size, num_launches(form, size, inputs["u"].shape[2])) for form, size in forms}
+    device, seqlen = inputs["u"].device, inputs["u"].shape[2]
+    calls = {(form, size): scan_form(form, inputs, size) for form, size in legal_forms(chunk_sizes)}
+    calls["default", seqlen] = scan_form("one_launch", inputs, None)
+    functions, columns = {}, {}
+    for (form, size), call in calls.items():
+        launches = num_launches(form, size, seqlen)
+        functions[f"{form}_{size}"] = from_idle(call, device)
+        columns[f"{form}_{size}"] = (form, size, launches)
+        if device.type == "cuda":
+            functions[f"{form}_graph_{size}"] = on_device(call, device)
+            columns[f"{form}_graph_{size}"] = (f"{form}_graph", size, launches)
+    flush_bytes = HEAD_START_BYTES if device.type == "cuda" else None
+    rows = benchmark.paired(functions, rounds=rounds, seed=seed, device=device, flush_bytes=flush_bytes)
     rows[["form", "chunk_size", "n_launches"]] = [columns[name] for name in rows.name]
     return rows
 
 
-def summarise(rows: pd.DataFrame, *, seed: int = 0, resamples: int = 2000) -> pd.DataFrame:
+def summarise(rows: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
     """Median latency of each name with its 95 % bootstrap interval over rounds: median_us, low_us, high_us, n.
 
     In the order of `legal_forms` where the rows have forms: the largest chunk first.
     """
     generator = np.random.default_rng(seed)
-    found = []
     keys = [column for column in ("name", "form", "chunk_size", "n_launches") if column in rows]
-    for key, group in rows.groupby(keys, sort=False):
-        values = group.latency_us.to_numpy()
-        medians = np.median(generator.choice(values, (resamples, len(values))), axis=1)
-        low, high = np.quantile(medians, [0.025, 0.975])
-        found.append((*key, np.median(values), low, high, len(values)))
+    found = [
+        (*key, *median_interval(group.latency_us, generator), len(group))
+        for key, group in rows.groupby(keys, sort=False)
+    ]
     table = pd.DataFrame(found, columns=[*keys, "median_us", "low_us", "high_us", "n"])
     return table.sort_values(["chunk_size", "name"], ascending=False, ignore_index=True) if "form" in table else table
 
 
 def launch_fits(summary: pd.DataFrame) -> pd.DataFrame:
-    """The launch-cost line of each host loop in a table of `summarise`."""
-    fits = []
-    for form in ("reset", "carried"):
-        rows = summary[summary.form == form]
-        fits.append({"form": form} | benchmark.launch_cost_fit(rows.n_launches, rows.median_us))
-    return pd.DataFrame(fits)
+    """The launch-cost line of each host loop, and of its graph replay, in a table of `summarise`."""
+    forms = [form for loop in HOST_LOOPS for form in (loop, f"{loop}_graph") if form in set(summary.form)]
+    tables = {form: summary[summary.form == form] for form in forms}
+    return pd.DataFrame(
+        {"form": form} | benchmark.launch_cost_fit(rows.n_launches, rows.median_us) for form, rows in tables.items()
+    )
+
+
+def launch_cost_parts(rows: pd.DataFrame, *, seed: int = 0) -> pd.DataFrame:
+    """Where the time of each host loop goes, from a sweep on a GPU: form, chunk_size, n_launches, part, and
+    latency_us with its 95 % interval low_us, high_us.
+
+    "scan" is the replay of one unsliced call; "cut" what the loop's replay takes beyond that: launches on the device,
+    slices too short to fill it, and the concatenation; "host" what the loop takes beyond its own replay. Differences
+    are taken within rounds.
+    """
+    if "default_graph" not in set(rows.form):
+        raise bad_value("rows", "no graph replays", "a sweep on a GPU")
+    generator = np.random.default_rng(seed)
+    latency = rows.pivot(index="round", columns="name", values="latency_us")
+    scan = latency[rows[rows.form == "default_graph"].name.iloc[0]]
+    loops = rows[rows.form.isin(HOST_LOOPS)].drop_duplicates("name").sort_values("n_launches")
+    return pd.DataFrame(
+        {"form": loop.form, "chunk_size": loop.chunk_size, "n_launches": loop.n_launches, "part": part}
+        | dict(zip(("latency_us", "low_us", "high_us"), median_interval(values, generator)))
+        for loop in loops.itertuples()
+        for replay in (latency[f"{loop.form}_graph_{loop.chunk_size}"],)
+        for part, values in (("scan", scan), ("cut", replay - scan), ("host", latency[loop.name] - replay))
+    )
+
+
+def triplet_rows(cases: Iterable[str], shape: tuple[int, int, int], *, rounds: int, seed: int, device) -> pd.DataFrame:
+    """The published triplet at other dtypes and lengths: how much faster than chunk 64 the loop is at 256 and at 512,
+    and one unsliced call.
+
+    cases: "dtype L" such as "bfloat16 4096". shape: (B, D, N). Columns: dtype, seqlen, chunk_size (L for the one call),
+    ratio with its 95 % interval low and high, n.
+    """
+    found = []
+    for dtype, seqlen in (case.split() for case in cases):
+        batch, d_inner, d_state = shape
+        length, kind = int(seqlen), {"dtype": getattr(torch, dtype), "device": device}
+        inputs = published_inputs(batch, d_inner, length, d_state, seed=seed, **kind)
+        calls = {str(size): scan_form("reset", inputs, size) for size in (64, 256, 512)}
+        calls[seqlen] = scan_form("one_launch", inputs, None)
+        functions = {name: from_idle(call, device) for name, call in calls.items()}
+        rows = benchmark.paired(functions, rounds=rounds, seed=seed, device=device)
+        for name in list(calls)[1:]:
+            row = {"dtype": dtype, "seqlen": length, "chunk_size": int(name)}
+            found.append(row | benchmark.ratio_interval(rows, "64", name))
+    return pd.DataFrame(found)
 
 
 def rule_regrets(rows: pd.DataFrame, entropies: Mapping[str, float], *, unsliced: int) -> pd.DataFrame:
@@ -169,7 +227,7 @@ def rule_regrets(rows: pd.DataFrame, entropies: Mapping[str, float], *, unsliced
     for name, entropy in entropies.items():
         chunk = rule(entropy)
         oracle = 1.0 if chunk == 512 else benchmark.ratio_interval(rows, f"reset_{chunk}", "reset_512")["ratio"]
-        one = benchmark.ratio_interval(rows, f"reset_{chunk}", f"reset_{unsliced}")
+        one = benchmark.ratio_interval(rows, f"reset_{chunk}", f"default_{unsliced}")
         row = {"distribution": name, "entropy_nats": entropy, "chunk_size": chunk, "over_512": oracle}
         found.append(row | {"over_unsliced": one["ratio"], "low": one["low"], "high": one["high"]})
     return pd.DataFrame(found)
@@ -251,92 +309,3 @@ def replay_triplet() -> pd.DataFrame:
         log_k_over_static_64=rows.static_64 / rows.static_512,
         legacy_over_static_512=rows.legacy_256 / rows.static_512,
     ).rename_axis(columns=None)
-
-
-# ---- is latency data-dependent? --------------------------------------------------------------------------------------
-
-
-def distribution_timings(inputs: Mapping, chunk_size: int, *, rounds: int, seed: int) -> pd.DataFrame:
-    """Paired timings of the one-launch scan at one chunk with u from each distribution.
-
-    "control" is a second normal tensor: what it differs from "normal" by is noise, so it shows what the test can see.
-    """
-    u = inputs["u"]
-    tensors = {name: draw(name, u.shape, seed=seed).to(u.device, u.dtype) for name in DISTRIBUTIONS}
-    tensors["control"] = draw("normal", u.shape, seed=seed + 1).to(u.device, u.dtype)
-    functions = {name: scan_form("one_launch", {**inputs, "u": x}, chunk_size) for name, x in tensors.items()}
-    return benchmark.paired(functions, rounds=rounds, seed=seed, device=u.device)
-
-
-def distribution_ratios(rows: pd.DataFrame, margin: float) -> pd.DataFrame:
-    """Latency of each distribution over that of "normal": ratio with its 90 % interval, and two verdicts.
-
-    `equivalent`: the interval lies inside [1 / (1 + margin), 1 + margin]. `differs`: it lies wholly outside. Where
-    neither holds the measurement is too noisy for the margin.
-    """
-    found = []
-    for name in ("control", *(each for each in DISTRIBUTIONS if each != "normal")):
-        row = {"distribution": name} | benchmark.equivalent_within(rows, name, "normal", margin)
-        found.append(row | {"differs": row["low"] > 1 + margin or row["high"] < 1 / (1 + margin)})
-    return pd.DataFrame(found)
-
-
-# ---- does entropy predict the best chunk? ----------------------------------------------------------------------------
-
-
-def best_chunk_rows(
-    inputs: Mapping, tensors: Mapping[str, Tensor], chunk_sizes: Iterable[int], *, rounds: int, seed: int
-) -> pd.DataFrame:
-    """For each tensor as u: its entropy and the `fastest_chunk` of the one-launch scan.
-
-    All tensors and chunks share the rounds, so that drift of the machine falls on every entropy alike.
-    """
-    functions = {
-        f"{name} {size}": scan_form("one_launch", {**inputs, "u": u}, size)
-        for name, u in tensors.items()
-        for size in chunk_sizes
-    }
-    timed = benchmark.paired(functions, rounds=rounds, warmup=1, seed=seed, device=inputs["u"].device)
-    timed[["tensor", "name"]] = timed.name.str.rsplit(" ", n=1, expand=True)
-    found = {name: fastest_chunk(rows) for name, rows in timed.groupby("tensor")}
-    return pd.DataFrame(
-        {"tensor": name, "entropy_nats": float(histogram_entropy(u))} | found[name] for name, u in tensors.items()
-    )
-
-
-def fastest_chunk(timed: pd.DataFrame) -> dict:
-    """The chunk with the lowest median in rows of `benchmark.paired` whose names are chunks.
-
-    Returns best_chunk over all rounds, best_chunk_even and best_chunk_odd over each half of them, and spread, the
-    slowest median over the fastest. The halves say how far a best chunk repeats itself, which bounds what could
-    predict it.
-    """
-    medians = timed.groupby("name").latency_us.median()
-    halves = timed.groupby([timed["round"] % 2, "name"]).latency_us.median()
-    return {
-        "best_chunk": int(medians.idxmin()),
-        "best_chunk_even": int(halves[0].idxmin()),
-        "best_chunk_odd": int(halves[1].idxmin()),
-        "spread": float(medians.max() / medians.min()),
-    }
-
-
-def spearman_permutation(x: Sequence[float], y: Sequence[float], *, resamples: int = 9999, seed: int = 0) -> dict:
-    """Spearman's correlation with a two-sided permutation test: dict(rho, p_value, n); rho is 0 if y is constant."""
-    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
-    if x.ndim != 1 or x.shape != y.shape or len(x) < 5:
-        raise bad_value("y", f"shapes {x.shape} and {y.shape}", "two sequences of one length, at least 5")
-    if np.ptp(x) == 0:
-        raise bad_value("x", "one value throughout", "at least two different values")
-    if np.ptp(y) == 0:
-        return {"rho": 0.0, "p_value": 1.0, "n": len(x)}  # one best chunk for all: nothing to predict
-    ranks_x, ranks_y = stats.zscore(stats.rankdata(x)), stats.zscore(stats.rankdata(y)) / len(y)
-    found = stats.permutation_test(
-        (ranks_x,),
-        lambda permuted: permuted @ ranks_y,  # Spearman's rho: Pearson's of the ranks
-        permutation_type="pairings",
-        n_resamples=resamples,
-        alternative="two-sided",
-        rng=np.random.default_rng(seed),
-    )
-    return {"rho": float(found.statistic), "p_value": float(found.pvalue), "n": len(x)}

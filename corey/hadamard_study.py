@@ -121,7 +121,7 @@ def overflow_rows(x: Tensor, thresholds: Sequence[float]) -> pd.DataFrame:
     x: (n, d) vectors. Thresholds in units of the root mean square of x. Columns: threshold, before (max |x|), after,
     bound.
     """
-    x = x.double()
+    x = x.double().cpu()
     scale = float(x.square().mean().sqrt())
     z, width = hadamard_transform(x), 1 << (x.shape[-1] - 1).bit_length()
     return pd.DataFrame(

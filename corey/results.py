@@ -34,6 +34,7 @@ CODE_PATHS = ("corey", "kernels", "notebooks")  # what can change a number; READ
 PACKAGES = ("torch", "numpy", "pandas", "numba", "scipy", "transformers", "lm-eval", "mamba-ssm", "cuda-core", "corey")
 EVIDENCE_COLUMNS = ("claim", "quantity", "value", "low", "high", "n", "device")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
+_TOLD_COMMIT = re.compile(r"([0-9a-f]{40})(-dirty)?")
 _TORCH_DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 _CPU_SUFFIX = re.compile(r", \d+ threads?$")
 
@@ -155,11 +156,22 @@ def provenance(parameters: Mapping, *, notebook: str | None = None) -> dict:
 
 
 def git_state() -> dict:
-    """Commit of this checkout and whether its code paths differ from it; commit "unknown" where git cannot say."""
+    """Commit of this checkout and whether its code paths differ from it; commit "unknown" where git cannot say.
+
+    A copy of the sources without git, as on a lent GPU machine, may be told in $COREY_COMMIT what it is a copy of: a
+    full commit hash, with "-dirty" behind it for uncommitted changes. `commit_from_environment` marks such a record,
+    which rests on the word of whoever set the variable; the source hashes beside it can be checked against that commit.
+    """
     top, head = _git("rev-parse", "--show-toplevel"), _git("rev-parse", "--verify", "HEAD")
-    if top is None or head is None or Path(top).resolve() != paths.ROOT:
+    if top is not None and head is not None and Path(top).resolve() == paths.ROOT:
+        return {"commit": head, "dirty": bool(_git("status", "--porcelain", "--", *CODE_PATHS))}
+    told = os.environ.get("COREY_COMMIT")
+    if told is None:
         return {"commit": "unknown", "dirty": None, "why_unknown": "no git, or no commit of this project here"}
-    return {"commit": head, "dirty": bool(_git("status", "--porcelain", "--", *CODE_PATHS))}
+    found = _TOLD_COMMIT.fullmatch(told)
+    if found is None:
+        raise bad_value("COREY_COMMIT", repr(told), "40 hexadecimal digits, with -dirty behind them or not")
+    return {"commit": found[1], "dirty": found[2] is not None, "commit_from_environment": True}
 
 
 def source_hashes(notebook: str | None = None) -> dict:

@@ -44,24 +44,27 @@ def selective_scan(
         u, delta, z, B and C may differ; arithmetic and state are float32 throughout.
     delta_softplus: apply softplus to delta + delta_bias.
     initial_state: (B, D, N) float32 state before the first token; zero when None.
-    chunk_size: tokens, a positive multiple of TILE, or None to let shape and layout decide. Never changes the result.
+    chunk_size: tokens, a positive multiple of TILE, or None to let shape and layout decide. On CUDA also a 0-dim int32
+        tensor on u's device, read there and rounded up to whole tiles, so that a choice made on the device needs no
+        synchronisation and may change between replays of a CUDA graph. Never changes the result.
 
     Returns y (B, D, L) in u's dtype, laid out token-major if u is (its channel stride is smaller than its token stride)
     and channel-major otherwise; with `return_last_state` also the state after the last token, (B, D, N) float32.
 
-    Raises TypeError or ValueError naming the argument; RuntimeError for CUDA tensors, whose kernels are not in this
-    version, and for inputs that require grad while grad is enabled, as there is no backward yet.
+    Raises TypeError or ValueError naming the argument; RuntimeError for inputs that require grad while grad is enabled,
+    as there is no backward yet, and on CUDA, with the install hint, where NVIDIA's packages are missing.
     """
     tensors = _named(u, delta, A, B, C, D, z, delta_bias, initial_state)
     check_types(tensors, delta_softplus, return_last_state)
     if u.device.type not in ("cpu", "cuda", "meta"):
-        raise bad_value("u", f"a tensor on {u.device}", "one on the CPU")
+        raise bad_value("u", f"a tensor on {u.device}", "one on the CPU or a CUDA device")
     if chunk_size is not None:
-        check_chunk_size(chunk_size, multiple_of=TILE)
+        check_chunk_size(chunk_size, multiple_of=TILE, device=u.device)
     if torch.is_grad_enabled():
         check_no_gradient(tensors)
+    chunk, device_chunk = (None, chunk_size) if isinstance(chunk_size, torch.Tensor) else (chunk_size, None)
     y, last_state = torch.ops.corey.selective_scan(
-        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk_size
+        u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk, device_chunk
     )
     return (y, last_state) if return_last_state else y
 
@@ -71,52 +74,52 @@ def selective_scan(
 torch.library.define(
     "corey::selective_scan",
     "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
-    "bool delta_softplus, Tensor? initial_state, SymInt? chunk_size) -> (Tensor, Tensor)",
+    "bool delta_softplus, Tensor? initial_state, SymInt? chunk_size, Tensor? device_chunk=None) -> (Tensor, Tensor)",
     # The layout of y follows the layout of u, so a compiler must not change the latter.
     tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
 )
 
 
-def _outputs(u, A, initial_state):
-    """y, not yet written, and the state before the first token. Both are fresh tensors."""
+def _outputs(u, A):
+    """y and the last state, fresh and not yet written. y follows the layout of u."""
     batch, dim, length = u.shape
     if 0 < u.stride(1) < u.stride(2):
         y = u.new_empty(batch, length, dim).transpose(1, 2)
     else:
         y = u.new_empty(batch, dim, length)
-    if initial_state is None:
-        return y, A.new_zeros(batch, dim, A.shape[1])
-    return y, initial_state.clone(memory_format=torch.contiguous_format)
+    return y, A.new_empty(batch, dim, A.shape[1])
 
 
-def _check(u, delta, A, B, C, D, z, delta_bias, initial_state, chunk_size):
+def _check(u, delta, A, B, C, D, z, delta_bias, initial_state, chunk_size, device_chunk):
     check_tensors(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    if chunk_size is not None:
-        check_chunk_size(chunk_size, multiple_of=TILE)
+    for chunk in (chunk_size, device_chunk):
+        if chunk is not None:
+            check_chunk_size(chunk, multiple_of=TILE, device=u.device)
 
 
 @torch.library.impl("corey::selective_scan", "CPU")
-def _scan_cpu(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk_size):
+def _scan_cpu(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk_size, device_chunk=None):
     from corey import _cpu  # Numba takes a second to import; `import corey` must not pay for it
 
-    _check(u, delta, A, B, C, D, z, delta_bias, initial_state, chunk_size)
-    y, state = _outputs(u, A, initial_state)
+    _check(u, delta, A, B, C, D, z, delta_bias, initial_state, chunk_size, device_chunk)
+    y, state = _outputs(u, A)
+    state.zero_() if initial_state is None else state.copy_(initial_state)
     _cpu.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, y, state, chunk_size, TILE)
     return y, state
 
 
 @torch.library.impl("corey::selective_scan", "CUDA")
-def _scan_cuda(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk_size):
-    raise RuntimeError(
-        f"u: got a tensor on {u.device}, and the CUDA kernels of selective_scan are not in this version; move the "
-        "inputs to the CPU with .cpu(), or use selective_scan_ref, which runs on any device"
-    )
+def _scan_cuda(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk_size, device_chunk=None):
+    from corey import _scan_cuda
+
+    chunk = chunk_size if device_chunk is None else device_chunk
+    return _scan_cuda.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk, _outputs)
 
 
 @torch.library.register_fake("corey::selective_scan")
-def _scan_fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk_size):
-    _check(u, delta, A, B, C, D, z, delta_bias, initial_state, chunk_size)
-    return _outputs(u, A, initial_state)
+def _scan_fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk_size, device_chunk=None):
+    _check(u, delta, A, B, C, D, z, delta_bias, initial_state, chunk_size, device_chunk)
+    return _outputs(u, A)
 
 
 def _refuse_backward(ctx, inputs, output):

@@ -108,6 +108,32 @@ def test_doubly_stochastic_mixing_never_lowers_entropy(seed, size, steps):
     assert float(torch.special.entr(mixing @ p).sum()) >= float(torch.special.entr(p).sum()) - 1e-12
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 8), (1,), (0, 4), (64,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_operator_passes_torchs_checks(shape, dtype):
+    torch.library.opcheck(torch.ops.corey.hadamard_transform, (normal(*shape, dtype=dtype).requires_grad_(),))
+
+
+def test_the_rotation_is_differentiable_twice_and_its_gradient_is_itself():
+    x, weights = normal(3, 5).requires_grad_(), normal(3, 8, seed=1)
+    assert torch.autograd.gradcheck(hadamard_transform, (x,)) and torch.autograd.gradgradcheck(hadamard_transform, (x,))
+    (gradient,) = torch.autograd.grad((hadamard_transform(x) * weights).sum(), x)
+    assert torch.equal(gradient, hadamard_transform(weights)[:, :5])
+
+
+def test_it_compiles_without_a_graph_break():
+    compiled = torch.compile(lambda x: hadamard_transform(2 * x) + 1, fullgraph=True, backend="aot_eager")
+    for x in (normal(4, 6), normal(6, 4).T, normal(7)):
+        assert torch.equal(compiled(x), hadamard_transform(2 * x) + 1)
+
+
+def test_any_view_gives_what_its_copy_gives_in_a_contiguous_result():
+    x = normal(4, 6, 5)
+    for view in (x.transpose(0, 2), x[:, ::2, 1:], x[..., :1].expand(-1, -1, 3), x[..., :1].transpose(0, 1)):
+        z = hadamard_transform(view)
+        assert z.is_contiguous() and torch.equal(z, hadamard_transform(view.contiguous()))
+
+
 @pytest.mark.parametrize("width", [64, 192])
 def test_folding_the_rotation_into_a_projection_changes_nothing(width):
     weight, x = normal(96, width), normal(50, width, seed=1)

@@ -201,6 +201,7 @@ def test_malformed_evidence_is_refused(rows, notebook):
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     """A small git repository in the place of the project's."""
+    monkeypatch.delenv("COREY_COMMIT", raising=False)
     root = tmp_path / "project"
     (root / "corey").mkdir(parents=True)
     (root / "corey" / "scan.py").write_text("a = 1\n")
@@ -229,6 +230,24 @@ def test_without_git_the_commit_is_unknown_and_says_so(repository, monkeypatch):
     commit(repository)
     monkeypatch.setattr(results.shutil, "which", lambda _: None)
     assert results.git_state()["commit"] == "unknown"
+
+
+def test_without_git_the_environment_may_name_the_commit_and_the_record_says_so(repository, monkeypatch):
+    told = "0123456789" * 4
+    monkeypatch.setenv("COREY_COMMIT", told)
+    assert results.git_state() == {"commit": told, "dirty": False, "commit_from_environment": True}
+    monkeypatch.setenv("COREY_COMMIT", f"{told}-dirty")
+    assert results.git_state() == {"commit": told, "dirty": True, "commit_from_environment": True}
+    for wrong in ("", "main", told[:12], f"{told}-clean", told.replace("0", "g")):
+        monkeypatch.setenv("COREY_COMMIT", wrong)
+        with pytest.raises(ValueError, match="COREY_COMMIT"):
+            results.git_state()
+
+
+def test_git_is_believed_before_the_environment(repository, monkeypatch):
+    commit(repository)
+    monkeypatch.setenv("COREY_COMMIT", "0" * 40)
+    assert results.git_state()["commit"] != "0" * 40 and "commit_from_environment" not in results.git_state()
 
 
 def test_the_commit_of_another_repository_around_this_one_is_not_taken(repository, monkeypatch):

@@ -1,5 +1,7 @@
 """Figures of the estimator and of a model's entropies (notebook 01). Rows are those of `corey.entropy_study`."""
 
+from collections.abc import Mapping
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -64,10 +66,18 @@ def shade_chunks(ax: Axes, *, label: bool = True) -> Axes:
     return ax
 
 
-def plot_layer_entropy(rows: pd.DataFrame, summary: pd.DataFrame, labels: dict, ax: Axes | None = None) -> Axes:
+def plot_layer_entropy(
+    rows: pd.DataFrame,
+    summary: pd.DataFrame,
+    labels: dict,
+    ax: Axes | None = None,
+    *,
+    others: Mapping[str, pd.DataFrame] | None = None,
+) -> Axes:
     """Entropy of every layer's scan input: a dot a prompt, the mean with its interval, and the chunks it maps to.
 
-    rows: layer, task and entropy_nats, one row a prompt and layer. summary: layer, mean, low, high.
+    rows: layer, task and entropy_nats, one row a prompt and layer. summary: layer, mean, low, high. others: label to
+    the summary of another machine, drawn as a line.
     """
     ax = plt.gca() if ax is None else ax
     for index, (task, label) in enumerate(labels.items()):
@@ -78,6 +88,9 @@ def plot_layer_entropy(rows: pd.DataFrame, summary: pd.DataFrame, labels: dict, 
         )
     columns = (list(summary[name]) for name in ("layer", "mean", "low", "high"))
     interval(ax, *columns, color="black", marker="_", linestyle="-")
+    for label, other in (others or {}).items():
+        columns = (list(other[name]) for name in ("layer", "mean", "low", "high"))
+        interval(ax, *columns, color=GREY, marker="x", linestyle=":", label=label)
     ax.set(xlabel="layer", ylabel="entropy of the scan input (nats)", ylim=(0, 5.7))
     ax.xaxis.set_major_locator(FixedLocator(sorted(rows.layer.unique())[:: max(1, rows.layer.nunique() // 12)]))
     ax.legend(loc="lower left", handletextpad=0.1, borderaxespad=0.1)

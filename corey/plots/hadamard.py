@@ -1,5 +1,7 @@
 """Figures of the Hadamard rotation (notebook 02). Rows are those of `corey.hadamard_study`."""
 
+from collections.abc import Mapping
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -105,11 +107,18 @@ def plot_gain_by_distribution(means: pd.DataFrame, ax: Axes | None = None) -> Ax
     return ax
 
 
-def plot_layer_gain(rows: pd.DataFrame, means: pd.DataFrame, ax: Axes | None = None, *, published=None) -> Axes:
+def plot_layer_gain(
+    rows: pd.DataFrame,
+    means: pd.DataFrame,
+    ax: Axes | None = None,
+    *,
+    published=None,
+    others: Mapping[str, pd.DataFrame] | None = None,
+) -> Axes:
     """Entropy gain of rotating a model's activations, layer by layer, for both routines.
 
     rows: layer, routine, gain_nats, a dot a prompt. means: layer, routine, mean, low, high. published: None or the
-    (low, high) of the paper's gains, drawn as a band.
+    (low, high) of the paper's gains, drawn as a band. others: label to the means of another machine, drawn as lines.
     """
     ax = plt.gca() if ax is None else ax
     if published is not None:
@@ -124,6 +133,10 @@ def plot_layer_gain(rows: pd.DataFrame, means: pd.DataFrame, ax: Axes | None = N
         interval(
             ax, list(line.layer + shift), *columns, color=colour, marker="_", linestyle="-", label=f"{routine} routine"
         )
+    for label, other in (others or {}).items():
+        for index, (_, line) in enumerate(other.groupby("routine")):
+            columns = (list(line[name]) for name in ("layer", "mean", "low", "high"))
+            interval(ax, *columns, color=GREY, marker="x", linestyle=":", label=None if index else label)
     ax.axhline(0, color=GREY, linewidth=0.7)
     ax.set_xticks(sorted(rows.layer.unique())[:: max(1, rows.layer.nunique() // 12)])
     ax.set_xlabel("layer")

@@ -1,0 +1,255 @@
+"""Histogram entropy on CUDA: how a call's values lie in memory, which kernels of kernels/histogram.cu it needs, launch.
+
+The result and the chunk stay on the device. Bins over a fixed range cost one launch and one pass over the data, bins over
+the tensor's own range two of each, and many small pools one launch. Counts are integers, so the result is the same bit
+for bit in every run.
+"""
+
+import math
+import struct
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from corey import _cuda
+
+SOURCE = "histogram.cu"
+MAX_BINS = 8192  # one counter each then fills the 32 KiB of a block's table
+P_EPS = 1e-10  # as in corey/entropy.py and the kernel
+
+_THREADS, _DEPTH, _MOST_BLOCKS = 1024, 8, 256  # as in the kernel
+_POOL_THREADS = 512
+_FEW_VALUES = 8192  # up to here one block takes a pool as fast as many
+_TYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
+
+_SINK_POINTERS = struct.Struct("=4Q")
+_SINK_NUMBERS = struct.Struct("=2d32f2i")
+_POINTERS = struct.Struct("=2Q")
+_NUMBERS = struct.Struct("=2d6q15I4x")
+
+
+def columns(num_bins: int) -> int:
+    """Replicas of every bin in shared memory, one for each lane of a warp where they fit."""
+    return min(32, 1 << (MAX_BINS // num_bins).bit_length() - 1)
+
+
+def table_bytes(num_bins: int) -> int:
+    """Dynamic shared memory for a block's table."""
+    return ((num_bins + 1) * columns(num_bins) + 3) // 4 * 16
+
+
+def macros(dtype: torch.dtype, num_bins: int, unit_stride: bool) -> _cuda.Macros:
+    return (
+        ("T_X", _TYPES[dtype]),
+        ("UNIT_STRIDE", int(unit_stride)),
+        ("POWER_OF_TWO", int(num_bins & (num_bins - 1) == 0)),
+        ("COLUMNS", columns(num_bins)),
+    )
+
+
+TUNED = [
+    (SOURCE, name, macros(dtype, 256, unit_stride))
+    for name in ("histogram_extremes", "histogram_entropy", "histogram_pools")
+    for dtype in _TYPES
+    for unit_stride in (True, False)
+]
+
+
+# ---- where a histogram goes; kernels/histogram.cuh, Sink -------------------------------------------------------------
+
+
+def sink_numbers(size: int, log_base: float, least: tuple[float, ...] = (), least_chunk: int = 0) -> bytes:
+    """size: values in a pool. least: nats, ascending: the least entropies of the chunks 2, 4, ... times least_chunk."""
+    padded = (*least, *(0.0,) * (32 - len(least)))
+    return _SINK_NUMBERS.pack(1.0 / (size + P_EPS), 1.0 / log_base, *padded, len(least), least_chunk)
+
+
+def sink_pointers(
+    device: int, pools: int, num_bins: int, entropy: Tensor | None, chunk: Tensor | None
+) -> tuple[bytes, Tensor]:
+    """The bytes, and a tensor to hold until after the launch. The device must be current.
+
+    entropy: fp32, one a pool. chunk: int32, of the only pool.
+    """
+    held = _cuda.scratch(device, pools * 8 * (num_bins + 1), "histogram")
+    counts = held.data_ptr()
+    return _SINK_POINTERS.pack(
+        counts,
+        counts + pools * 8 * num_bins,
+        0 if entropy is None else entropy.data_ptr(),
+        0 if chunk is None else chunk.data_ptr(),
+    ), held
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a call needs but the addresses. It holds for tensors of one shape, strides, dtype and alignment."""
+
+    functions: tuple[_cuda.Function, ...]
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int
+    kept_shape: tuple[int, ...]
+    pools: int
+    extremes: int  # pairs of floats between two launches
+    counted: bool  # whether counts pass through global memory
+    sink_numbers: bytes
+    numbers: bytes
+    version: int
+
+
+_plans: dict[tuple, Plan] = {}
+
+
+def entropy(
+    x: Tensor, num_bins: int, bounds: tuple[float, float] | None, log_base: float, pooled: tuple[int, ...]
+) -> Tensor:
+    """fp32, in the shape of x without the pooled dimensions, which are distinct and not negative."""
+    return _run(x, num_bins, bounds, log_base, pooled, None)
+
+
+def chunk(
+    x: Tensor, num_bins: int, bounds: tuple[float, float] | None, least: tuple[float, ...], least_chunk: int
+) -> Tensor:
+    """0-dim int32: least_chunk, doubled for every number in `least` that the entropy of all of x in nats reaches."""
+    return _run(x, num_bins, bounds, 1.0, tuple(range(x.ndim)), (least, least_chunk))
+
+
+def _run(x, num_bins, bounds, log_base, pooled, rule):
+    if x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return _run(x, num_bins, bounds, log_base, pooled, rule)
+    if x.dtype not in _TYPES:
+        x = x.float()
+    key = (x.shape, x.stride(), x.dtype, x.data_ptr() & 15, x.device.index, num_bins, bounds, log_base, pooled, rule)
+    plan = _plans.get(key)
+    if plan is None or plan.version != _cuda.source_version():
+        view = _View.of(x, pooled)
+        if view is None:  # too many strides for the kernels
+            kept = [d for d in range(x.ndim) if d not in pooled]
+            moved = x.permute(*kept, *pooled)
+            flat = moved.reshape(*moved.shape[: len(kept)], -1)
+            return _run(flat, num_bins, bounds, log_base, (len(kept),), rule)
+        plan = _plans[key] = _plan(x, view, num_bins, bounds, log_base, rule)
+
+    result = x.new_empty(plan.kept_shape, dtype=torch.float32 if rule is None else torch.int32)
+    if plan.counted:
+        sink, held = sink_pointers(x.device.index, plan.pools, num_bins, *((None, result) if rule else (result, None)))
+    else:
+        held = None
+        sink = _SINK_POINTERS.pack(0, 0, *((0, result.data_ptr()) if rule else (result.data_ptr(), 0)))
+    extremes = x.new_empty(2 * plan.extremes, dtype=torch.float32) if plan.extremes else None
+    addresses = _POINTERS.pack(x.data_ptr(), 0 if extremes is None else extremes.data_ptr())
+    params = sink + plan.sink_numbers + addresses + plan.numbers
+    for function in plan.functions:
+        _cuda.launch(function, plan.grid, plan.threads, plan.shared_bytes, params)
+    del held
+    return result
+
+
+@dataclass(frozen=True)
+class _View:
+    """x as pools of rows: (size, stride) pairs, strides in elements, outermost first."""
+
+    kept: list[tuple[int, int]]  # 2
+    rows: list[tuple[int, int]]  # 3: the last is along a row
+
+    @staticmethod
+    def of(x: Tensor, pooled: tuple[int, ...]) -> "_View | None":
+        sizes = list(zip(x.shape, x.stride()))
+        kept = _merged([sizes[d] for d in range(x.ndim) if d not in pooled])
+        # Order within a pool is free. Repeated values (stride 0) go outside, so that rows stay contiguous.
+        rows = _merged(sorted((sizes[d] for d in pooled), key=lambda pair: (pair[1] != 0, -pair[1])))
+        if len(kept) > 2 or len(rows) > 3:
+            return None
+        return _View([(1, 0)] * (2 - len(kept)) + kept, [(1, 0)] * (3 - len(rows)) + rows)
+
+    @property
+    def pools(self) -> int:
+        return math.prod(size for size, _ in self.kept)
+
+    @property
+    def pool_size(self) -> int:
+        return math.prod(size for size, _ in self.rows)
+
+
+def _merged(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Neighbours that step through memory evenly become one."""
+    merged: list[tuple[int, int]] = []
+    for size, stride in pairs:
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == size * stride:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    return merged
+
+
+def _plan(x: Tensor, view: _View, num_bins, bounds, log_base, rule) -> Plan:
+    device = x.device.index
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    size, pools = view.pool_size, view.pools
+    (rows_outer, outer_stride), (rows_inner, inner_stride), (inner, step) = view.rows
+    small = rows_outer == 1 and size < 2**31 and (size <= _FEW_VALUES or pools >= processors)
+    if not small and pools > 65535:
+        raise ValueError(f"x: got {pools} pools with three strides each, want at most 65535; make it contiguous first")
+    unit_stride = not small and step == 1
+    vector = 16 // x.dtype.itemsize if unit_stride else 1
+    tiles = max(1, math.ceil(inner // vector / (32 * _DEPTH)))
+
+    members = skip = 1
+    if small:
+        members = _pools_a_block(view, x.dtype.itemsize, columns(num_bins), processors)
+        grid = (math.ceil(pools / members), 1, 1)
+        threads = _POOL_THREADS if members * size > 2048 else 128
+        names = ("histogram_pools",)
+    else:
+        all_tiles = rows_outer * rows_inner * tiles
+        blocks = max(1, min(processors // pools, math.ceil(all_tiles / 4), _MOST_BLOCKS))
+        grid = (blocks, pools, 1)
+        threads = _THREADS
+        skip = blocks * (_THREADS // 32)
+        names = ("histogram_entropy",) if bounds else ("histogram_extremes", "histogram_entropy")
+
+    lo, hi = bounds or (0.0, 0.0)
+    (_, pool_outer), (pools_inner, pool_inner) = view.kept
+    starts = (pool_outer, pool_inner, outer_stride, inner_stride)
+    singles = unit_stride and (x.data_ptr() % 16 or any(s % vector for s in (*starts, inner)))
+    least, least_chunk = rule or ((), 0)
+    variant = macros(x.dtype, num_bins, unit_stride)
+    return Plan(
+        functions=tuple(_cuda.function(SOURCE, name, device, variant) for name in names),
+        grid=grid,
+        threads=threads,
+        shared_bytes=table_bytes(num_bins),
+        kept_shape=() if rule else tuple(kept_shape),
+        pools=pools,
+        extremes=len(names) // 2 * grid[0] * pools,
+        counted=not small,
+        sink_numbers=sink_numbers(size, log_base, least, least_chunk),
+        numbers=_NUMBERS.pack(
+            lo,
+            hi - lo,
+            *starts,
+            step,
+            inner,
+            *_divisor(pools_inner),
+            *_divisor(rows_inner),
+            *_divisor(tiles),
+            pools,
+            rows_outer,
+            skip // tiles // rows_inner,
+            skip // tiles % rows_inner,
+            skip % tiles,
+            num_bins,
+            members,
+            bounds is None,
+            bool(singles),
+        ),
+        version=_cuda.source_version(),
+    )

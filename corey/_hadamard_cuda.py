@@ -1,0 +1,136 @@
+"""The Hadamard transform of CUDA tensors: which layout of kernels/hadamard.cu runs, and its launch."""
+
+import struct
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from corey import _cuda
+
+SOURCE, NAME = "hadamard.cu", "hadamard_transform"
+WIDEST = 32768
+_CPP_TYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
+_WIDEST_IN_A_WARP = 2048
+
+
+class Plan(NamedTuple):
+    """A block: its threads, the rows that it takes at a time and its shared memory in bytes."""
+
+    threads: int
+    rows: int
+    shared_bytes: int
+
+
+@cache
+def plan(itemsize: int, width: int) -> Plan:
+    """The block for rows of `width` columns, a power of two from 2 to WIDEST, of `itemsize` bytes each.
+
+    Depends on nothing else, so that a row comes out the same alone and in any batch.
+    """
+    vector = min(16 // itemsize, width)  # columns
+    if width <= _WIDEST_IN_A_WARP:
+        columns = max(4 * vector, width // 32)  # a thread, of one row or several: enough loads at a time
+        return Plan(128, 128 * columns // width, 0)
+    gaps = vector * (width // (64 * vector)) + (4 * (width // 32) if vector == 8 else 0)  # place() in the kernel
+    return Plan(width // 64, 1, 4 * (width + gaps))
+
+
+def covers(x: Tensor, width: int) -> bool:
+    """Whether the kernel computes this: one of its dtypes and widths, on a GPU with enough shared memory."""
+    if x.dtype not in _CPP_TYPES or not 2 <= width <= WIDEST:
+        return False
+    return plan(x.element_size(), width).shared_bytes <= _shared_bytes_of_a_block(x.device.index)
+
+
+def transform(x: Tensor, width: int) -> Tensor:
+    """H x / sqrt(width) along the last dimension, (..., n) -> (..., width), contiguous; for x that `covers` allows.
+
+    x is read where it lies, whatever its strides.
+    """
+    z = x.new_empty((*x.shape[:-1], width))
+    rows = z.numel() // width
+    if rows == 0:
+        return z
+    n, step = x.shape[-1], x.stride(-1)
+    itemsize = x.element_size()
+    leading = collapse(x.shape[:-1], x.stride()[:-1])
+    strided = step != 1 and n > 1
+    load_bytes = itemsize if strided else widest_load(x.data_ptr(), n, [stride for _, stride in leading], itemsize)
+    with torch.cuda.device(x.device):
+        version = _cuda.source_version()
+        kernel = _kernel(version, x.device.index, x.dtype, width, load_bytes, strided, len(leading))
+        block = plan(itemsize, width)
+        blocks = -(-rows // block.rows)
+        if width == WIDEST:  # a block goes on to another row while its loads are on their way
+            blocks = min(blocks, kernel.resident)
+        sizes, strides = zip(*leading)
+        params = struct.pack(f"<{5 + 2 * len(leading)}q", x.data_ptr(), z.data_ptr(), rows, step, n, *sizes, *strides)
+        _cuda.launch(kernel.function, (blocks, 1, 1), block.threads, block.shared_bytes, params)
+    return z
+
+
+def collapse(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Dimensions as the fewest (size, stride) pairs with the same elements in the same order; at least one."""
+    pairs: list[tuple[int, int]] = []
+    for size, stride in zip(shape, strides):
+        if size == 1:
+            continue
+        if pairs and pairs[-1][1] == size * stride:
+            pairs[-1] = (pairs[-1][0] * size, stride)
+        else:
+            pairs.append((size, stride))
+    return pairs or [(1, 0)]
+
+
+def widest_load(address: int, n: int, strides: list[int], itemsize: int) -> int:
+    """The bytes, a power of two up to 16, that divide the address of every row and the length of a row."""
+    bits = 16 | address | n * itemsize
+    for stride in strides:
+        bits |= stride * itemsize
+    return bits & -bits
+
+
+def macros(dtype: torch.dtype, width: int, load_bytes: int = 16, strided: bool = False, leading: int = 1):
+    """What kernels/hadamard.cu is compiled with."""
+    threads, rows, shared_bytes = plan(dtype.itemsize, width)
+    return (
+        ("T_X", _CPP_TYPES[dtype]),
+        ("LOG_D", width.bit_length() - 1),
+        ("LOAD_BYTES", load_bytes),
+        ("STRIDED", int(strided)),
+        ("LEADING", leading),
+        ("THREADS", threads),
+        ("ROWS", rows),
+        ("SHARED_BYTES", shared_bytes),
+    )
+
+
+TUNED = [
+    (SOURCE, NAME, macros(dtype, width))
+    for dtype in _CPP_TYPES
+    for width in (64, 512, 1024, 2048, 4096, 8192, 16384, WIDEST)
+]
+
+
+class _Kernel(NamedTuple):
+    function: _cuda.Function
+    resident: int  # blocks on the device at a time
+
+
+@cache
+def _kernel(
+    version: int, device: int, dtype: torch.dtype, width: int, load_bytes: int, strided: bool, leading: int
+) -> _Kernel:
+    """`version` is that of the sources, so that an edited kernel is compiled anew."""
+    block = plan(dtype.itemsize, width)
+    function = _cuda.function(SOURCE, NAME, device, macros(dtype, width, load_bytes, strided, leading))
+    function.allow_shared(block.shared_bytes)
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return _Kernel(function, multiprocessors * function.blocks_per_sm(block.threads, block.shared_bytes))
+
+
+@cache
+def _shared_bytes_of_a_block(device: int) -> int:
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin

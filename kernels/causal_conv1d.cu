@@ -1,0 +1,405 @@
+// Causal depthwise convolution, optionally with SiLU: y[b,d,t] = act(bias[d] + sum_k w[d,k] x[b,d,t - (WIDTH - 1) + k]).
+//
+// Memory bound, so the kernels are about loads: 16 bytes a thread, several in flight, each input fetched from memory once.
+//   causal_conv1d_token_major    channels across lanes; a thread owns VECTOR channels and walks tokens, with the last
+//                                WIDTH - 1 inputs in registers
+//   causal_conv1d_channel_major  tokens across lanes; a thread computes 16 bytes' worth of tokens of a row at a time
+//   causal_conv1d_update         one token of decode against a rolling state
+// All sum in the same order, the bias first and then the taps from oldest to newest, so they agree bitwise.
+//
+// Macros: T_X (type of x, y and the states), T_W (of weight and bias), WIDTH (2 to 4), SILU (0 or 1), VECTOR (channels that
+// a thread of the token-major kernel owns and moves with one instruction), HISTOGRAM (0, or 1 to count the outputs as
+// histogram.cuh does, 2 if the number of bins is a power of two).
+#include "common.cuh"
+#if HISTOGRAM
+#include "histogram.cuh"
+#endif
+
+constexpr int PAST = WIDTH - 1;  // tokens of state
+constexpr int THREADS = 256;
+constexpr int STEP = VECTOR * sizeof(T_X) > 8 ? 4 : 8;  // tokens that a thread of the token-major kernel has in flight
+constexpr int MIN_BLOCKS = HISTOGRAM || VECTOR == 8 ? 2 : 3;  // a multiprocessor, of the token-major kernel
+
+struct Strides {  // in elements
+    int64 batch, dim, token;
+};
+
+struct Params {
+    const T_X* x;
+    const T_W* weight;   // (D, WIDTH) packed, aligned to 16 bytes
+    const T_W* bias;     // (D,) packed, aligned to 16 bytes, or null
+    const T_X* initial;  // (B, D, WIDTH - 1), or null for zeros
+    T_X* y;              // packed in the order of the kernel's name
+    T_X* last;           // (B, D, WIDTH - 1) packed: the last WIDTH - 1 inputs
+    int64 batch, dim, length;
+    Strides x_stride, initial_stride;
+    int64 segments;  // pieces of a row's tokens, one for a thread (token-major) or for 1 << lanes_log2 (channel-major)
+    uint32 blocks;   // of work, for as many thread blocks or fewer
+    int lanes_log2;  // threads side by side, over channels (token-major) or over the tokens of a row (channel-major)
+    int walk;        // tokens of a segment (token-major): at most `length` and a multiple of STEP, unless length < STEP
+#if HISTOGRAM
+    int num_bins, replicas, padding;
+    double lo, span;  // of the bins
+    Sink sink;
+#endif
+};
+
+// Counts the outputs, or does nothing. All threads of a block make one and finish it.
+struct Statistic {
+#if HISTOGRAM
+    SharedHistogram histogram;
+    Bins bins;
+    bool saw_nan = false;
+
+    __device__ __forceinline__ Statistic(const Params& p, uint32* table)
+        : histogram(table, p.num_bins, p.replicas), bins(float(p.lo), float(p.span), p.num_bins) {
+        histogram.clear();
+        __syncthreads();
+    }
+    __device__ __forceinline__ void take(float v) {
+        saw_nan |= v != v;
+        histogram.add(bins.locate<HISTOGRAM == 2>(v));
+    }
+    __device__ __forceinline__ void finish(const Params& p) { ::finish(p.sink, histogram, saw_nan, 0, gridDim.x); }
+#else
+    __device__ __forceinline__ Statistic(const Params&, uint32*) {}
+    __device__ __forceinline__ void take(float) {}
+    __device__ __forceinline__ void finish(const Params&) {}
+#endif
+};
+
+extern __shared__ uint4 shared[];  // the statistic's table
+
+// ---- pieces of memory ------------------------------------------------------------------------------------------------
+
+// COUNT consecutive T, moved by one instruction: 2 to 16 bytes, at an address that is a multiple of as many.
+template <int BYTES>
+struct Word;
+template <>
+struct Word<16> { using type = uint4; };
+template <>
+struct Word<8> { using type = uint2; };
+template <>
+struct Word<4> { using type = uint32; };
+template <>
+struct Word<2> { using type = uint16; };
+
+template <typename T, int COUNT>
+struct Piece {
+    using Raw = typename Word<COUNT * sizeof(T)>::type;
+    static constexpr int PER_WORD = 4 / sizeof(T);
+    Raw raw;
+
+    __device__ __forceinline__ void load(const T* p) { raw = __ldg(reinterpret_cast<const Raw*>(p)); }
+    __device__ __forceinline__ void unpack(float* out) const {
+        if constexpr (sizeof(Raw) == 2) {
+            out[0] = to_float(reinterpret_cast<const T&>(raw));
+        } else {
+#pragma unroll
+            for (int i = 0; i < COUNT / PER_WORD; ++i) {
+                unpack_word(reinterpret_cast<const uint32*>(&raw)[i], out + i * PER_WORD, T());
+            }
+        }
+    }
+    __device__ __forceinline__ void pack(const float* in) {
+        if constexpr (sizeof(Raw) == 2) {
+            reinterpret_cast<T&>(raw) = from_float<T>(in[0]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < COUNT / PER_WORD; ++i) {
+                reinterpret_cast<uint32*>(&raw)[i] = pack_word(in + i * PER_WORD, T());
+            }
+        }
+    }
+    __device__ __forceinline__ void store(T* p) const {
+        __builtin_assume(__isGlobal(p));
+        *reinterpret_cast<Raw*>(p) = raw;
+    }
+};
+
+// Parameters of VECTOR consecutive channels, COUNT / VECTOR each.
+template <int COUNT>
+__device__ __forceinline__ void load_parameters(float* out, const T_W* p) {
+    constexpr int PART = VECTOR * sizeof(T_W) > 16 ? 16 / sizeof(T_W) : VECTOR;
+#pragma unroll
+    for (int i = 0; i < COUNT; i += PART) {
+        Piece<T_W, PART> piece;
+        piece.load(p + i);
+        piece.unpack(out + i);
+    }
+}
+
+// One channel's input at token t, which may lie before the sequence or, as zero, outside of what is stored.
+struct Row {
+    const T_X* x;
+    const T_X* initial;  // null for zeros
+    int64 x_token, initial_token, length;
+
+    __device__ __forceinline__ Row(const Params& p, int64 b, int64 d)
+        : x(p.x + b * p.x_stride.batch + d * p.x_stride.dim),
+          initial(p.initial ? p.initial + b * p.initial_stride.batch + d * p.initial_stride.dim : nullptr),
+          x_token(p.x_stride.token), initial_token(p.initial_stride.token), length(p.length) {}
+
+    __device__ __forceinline__ T_X at(int64 t) const {
+        if (t >= 0 && t < length) return x[t * x_token];
+        if (t < 0 && t >= -PAST && initial) return initial[(t + PAST) * initial_token];
+        return from_float<T_X>(0.0f);
+    }
+};
+
+__device__ __forceinline__ void store_last(const Params& p, const Row& row, int64 channel) {
+#pragma unroll 1
+    for (int j = 0; j < PAST; ++j) p.last[channel * PAST + j] = row.at(p.length - PAST + j);
+}
+
+// in: the inputs under the taps, oldest first, `stride` floats apart
+__device__ __forceinline__ float convolve(const float* w, float bias, const float* in, int stride) {
+    float sum = bias;
+#pragma unroll
+    for (int k = 0; k < WIDTH; ++k) sum = __fmaf_rn(w[k], in[k * stride], sum);
+    return SILU ? __fmul_rn(sum, sigmoid(sum)) : sum;
+}
+
+// ---- token-major -----------------------------------------------------------------------------------------------------
+
+// Opaque to the compiler, which would otherwise keep the address of every token of a step in registers.
+template <typename T>
+__device__ __forceinline__ void advance(T*& p, int64 elements) {
+    p += elements;
+    asm volatile("" : "+l"(p));
+}
+
+// The outputs of VECTOR channels from `channel` on, for `tokens` tokens from `begin` on, of batch row b. The first
+// `counted_before` of them are another thread's too, which counts them.
+__device__ __forceinline__ void walk(
+    const Params& p, int64 b, int64 channel, int64 begin, int tokens, int counted_before, Statistic& statistic) {
+    float w[VECTOR * WIDTH], bias[VECTOR] = {};
+    load_parameters<VECTOR * WIDTH>(w, p.weight + channel * WIDTH);
+    if (p.bias) load_parameters<VECTOR>(bias, p.bias + channel);
+
+    const T_X* x = p.x + b * p.x_stride.batch + channel * p.x_stride.dim + begin * p.x_stride.token;
+    T_X* y = p.y + (b * p.length + begin) * p.dim + channel;
+    float in[WIDTH * VECTOR] = {};  // under the taps, oldest first
+#pragma unroll
+    for (int j = 0; j < PAST; ++j) {
+        if (begin + j >= PAST) {
+            Piece<T_X, VECTOR> piece;
+            piece.load(x + (j - PAST) * p.x_stride.token);
+            piece.unpack(in + j * VECTOR);
+        } else if (p.initial) {
+            const T_X* initial = p.initial + b * p.initial_stride.batch + channel * p.initial_stride.dim;
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) {
+                in[j * VECTOR + i] = to_float(initial[i * p.initial_stride.dim + (begin + j) * p.initial_stride.token]);
+            }
+        }
+    }
+
+    auto output = [&](const Piece<T_X, VECTOR>& now) {
+        now.unpack(in + PAST * VECTOR);
+        float out[VECTOR];
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) out[i] = convolve(w + i * WIDTH, bias[i], in + i, VECTOR);
+        Piece<T_X, VECTOR> rounded;
+        rounded.pack(out);
+        rounded.store(y);
+        advance(y, p.dim);
+#if HISTOGRAM
+        if (--counted_before < 0) {
+            rounded.unpack(out);
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) statistic.take(out[i]);
+        }
+#endif
+#pragma unroll
+        for (int i = 0; i < PAST * VECTOR; ++i) in[i] = in[i + VECTOR];
+    };
+
+    auto load = [&](Piece<T_X, VECTOR>& piece) {
+        piece.load(x);
+        advance(x, p.x_stride.token);
+    };
+    if (tokens < STEP) {
+#pragma unroll 1
+        for (int i = 0; i < tokens; ++i) {
+            Piece<T_X, VECTOR> now;
+            load(now);
+            output(now);
+        }
+        return;
+    }
+    Piece<T_X, VECTOR> ring[STEP];
+#pragma unroll
+    for (int s = 0; s < STEP; ++s) load(ring[s]);
+#pragma unroll 1
+    for (int left = tokens; left > 0; left -= STEP) {
+#pragma unroll
+        for (int s = 0; s < STEP; ++s) {
+            output(ring[s]);
+            if (left > STEP) load(ring[s]);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+causal_conv1d_token_major(const __grid_constant__ Params p) {
+    Statistic statistic(p, reinterpret_cast<uint32*>(shared));
+    int lane = threadIdx.x & ((1 << p.lanes_log2) - 1), walker = threadIdx.x >> p.lanes_log2;
+    uint32 columns = uint32((p.dim + (VECTOR << p.lanes_log2) - 1) / (VECTOR << p.lanes_log2));
+#pragma unroll 1
+    for (uint32 block = blockIdx.x; block < p.blocks; block += gridDim.x) {
+        int64 channel = (int64(block % columns) << p.lanes_log2 | lane) * VECTOR;
+        int64 segment = int64(block / columns) * (THREADS >> p.lanes_log2) + walker;  // counted through the batch
+        int64 b = segment / p.segments;
+        if (b >= p.batch || channel >= p.dim) continue;
+        // The last segment of a row starts earlier if it would end too late: no walk but a whole one, no second loop.
+        int64 wanted = (segment - b * p.segments) * p.walk;
+        int tokens = int(min(p.length, int64(p.walk)));
+        int64 begin = min(wanted, p.length - tokens);
+        walk(p, b, channel, begin, tokens, int(wanted - begin), statistic);
+        if (begin + tokens == p.length) {
+#pragma unroll 1
+            for (int i = 0; i < VECTOR; ++i) store_last(p, Row(p, b, channel + i), b * p.dim + channel + i);
+        }
+        if (!HISTOGRAM) break;
+    }
+    statistic.finish(p);
+}
+
+// ---- channel-major ---------------------------------------------------------------------------------------------------
+// A row is cut into vectors where y is aligned to 16 bytes, so the first and the last vector may be partly outside.
+
+constexpr int FULL = 16 / sizeof(T_X);  // elements of a vector
+constexpr int BEFORE = 4;               // elements loaded in front of it: PAST rounded up to what one load takes
+
+// out: the outputs from token t on
+__device__ __forceinline__ void store(const Params& p, T_X* y, int64 t, float* out, Statistic& statistic) {
+    Piece<T_X, FULL> rounded;
+    rounded.pack(out);
+    if (HISTOGRAM) rounded.unpack(out);
+    if (t >= 0 && t + FULL <= p.length) {
+        rounded.store(y + t);
+#pragma unroll
+        for (int e = 0; e < FULL; ++e) statistic.take(out[e]);
+    } else {
+#pragma unroll
+        for (int e = 0; e < FULL; ++e) {
+            if (t + e >= 0 && t + e < p.length) {
+                y[t + e] = from_float<T_X>(out[e]);
+                statistic.take(out[e]);
+            }
+        }
+    }
+}
+
+constexpr int VECTORS = 4;  // a thread
+
+// This thread's vectors of a segment of one channel's tokens.
+__device__ __forceinline__ void convolve_segment(
+    const Params& p, int64 channel, int64 segment, Statistic& statistic) {
+    int64 b = channel / p.dim, d = channel - b * p.dim;
+    int lanes = 1 << p.lanes_log2;
+    Row row(p, b, d);
+    T_X* y = p.y + channel * p.length;
+    int outside = int(reinterpret_cast<uint64>(y) / sizeof(T_X) % FULL);  // elements of the first vector before y
+    bool aligned = p.x_stride.token == 1 && (reinterpret_cast<uint64>(row.x) - reinterpret_cast<uint64>(y)) % 16 == 0;
+    int64 first = (segment * VECTORS * lanes + (threadIdx.x & (lanes - 1))) * FULL - outside;
+    int64 hop = int64(lanes) * FULL;
+    // Whole vectors of x with BEFORE elements before them, or at the very start of a row.
+    auto whole = [&](int64 t) { return aligned && (t >= BEFORE || t == 0) && t + FULL <= p.length; };
+
+    Piece<T_X, FULL> now[VECTORS];
+    Piece<T_X, BEFORE> before[VECTORS] = {};
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+        int64 t = first + v * hop;
+        if (whole(t)) {
+            now[v].load(row.x + t);
+            if (t > 0) before[v].load(row.x + t - BEFORE);
+        }
+    }
+
+    float w[WIDTH];
+#pragma unroll
+    for (int k = 0; k < WIDTH; ++k) w[k] = to_float(p.weight[d * WIDTH + k]);
+    float bias = p.bias ? to_float(p.bias[d]) : 0.0f;
+
+    float in[BEFORE + FULL], out[FULL];
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) {
+        int64 t = first + v * hop;
+        if (!whole(t)) continue;
+        before[v].unpack(in);
+        now[v].unpack(in + BEFORE);
+        if (v == 0 && t == 0 && row.initial) {
+#pragma unroll
+            for (int j = 0; j < PAST; ++j) in[BEFORE - PAST + j] = to_float(row.at(j - PAST));
+        }
+#pragma unroll
+        for (int e = 0; e < FULL; ++e) out[e] = convolve(w, bias, in + BEFORE - PAST + e, 1);
+        store(p, y, t, out, statistic);
+    }
+
+    // What is left: the ragged ends of a row, and all of it where x is strided or aligned otherwise than y.
+#pragma unroll 1
+    for (int v = 0; v < VECTORS; ++v) {
+        int64 t = first + v * hop;
+        if (t >= p.length) break;
+        if (!whole(t)) {
+#pragma unroll
+            for (int e = 0; e < BEFORE + FULL; ++e) in[e] = to_float(row.at(t - BEFORE + e));
+#pragma unroll
+            for (int e = 0; e < FULL; ++e) out[e] = convolve(w, bias, in + BEFORE - PAST + e, 1);
+            store(p, y, t, out, statistic);
+        }
+        if (t + FULL >= p.length) store_last(p, row, channel);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+causal_conv1d_channel_major(const __grid_constant__ Params p) {
+    Statistic statistic(p, reinterpret_cast<uint32*>(shared));
+#pragma unroll 1
+    for (uint32 block = blockIdx.x; block < p.blocks; block += gridDim.x) {
+        int64 segment = int64(block) * (THREADS >> p.lanes_log2) + (threadIdx.x >> p.lanes_log2);
+        int64 channel = segment / p.segments;  // counted through the batch, as segments are
+        if (channel < p.batch * p.dim) convolve_segment(p, channel, segment - channel * p.segments, statistic);
+        if (!HISTOGRAM) break;
+    }
+    statistic.finish(p);
+}
+
+// ---- one token -------------------------------------------------------------------------------------------------------
+
+struct UpdateParams {
+    const T_X* x;       // (B, D)
+    T_X* state;         // (B, D, state_length): the last inputs, oldest first; shifted by one
+    const T_W* weight;  // (D, WIDTH) packed
+    const T_W* bias;    // (D,) packed, or null
+    T_X* y;             // (B, D) packed
+    int64 batch, dim, state_length;
+    int64 x_batch, x_dim;
+    Strides state_stride;
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+causal_conv1d_update(const __grid_constant__ UpdateParams p) {
+    int64 channel = int64(blockIdx.x) * blockDim.x + threadIdx.x;  // counted through the batch
+    int64 b = channel / p.dim, d = channel - b * p.dim;
+    if (b >= p.batch) return;
+    T_X* state = p.state + b * p.state_stride.batch + d * p.state_stride.dim;
+    int64 older = p.state_length - PAST;  // inputs that only wait to be shifted out
+
+    T_X raw[WIDTH];
+    float in[WIDTH], w[WIDTH];
+#pragma unroll
+    for (int k = 0; k < WIDTH; ++k) {
+        raw[k] = k < PAST ? state[(older + k) * p.state_stride.token] : p.x[b * p.x_batch + d * p.x_dim];
+        in[k] = to_float(raw[k]);
+        w[k] = to_float(p.weight[d * WIDTH + k]);
+    }
+    p.y[channel] = from_float<T_X>(convolve(w, p.bias ? to_float(p.bias[d]) : 0.0f, in, 1));
+    for (int64 j = 0; j < older; ++j) state[j * p.state_stride.token] = state[(j + 1) * p.state_stride.token];
+#pragma unroll
+    for (int k = 0; k < PAST; ++k) state[(older + k) * p.state_stride.token] = raw[k + 1];
+}

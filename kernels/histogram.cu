@@ -1,0 +1,367 @@
+// Entropy of the histogram of a tensor's values; the arithmetic is in histogram.cuh, the definition in corey/entropy.py.
+//
+//   histogram_extremes  minimum and maximum of each pool, one pair a block: the first pass where bins span the own range
+//   histogram_entropy   the pass that counts; its last block to finish computes entropy and chunk
+//   histogram_pools     both passes over many small pools in one launch, 1 to 32 pools a block
+//
+// A pool is one histogram's values. In the first two kernels its values are `rows_outer` x `rows_inner` rows of `inner`
+// values. A warp takes a tile of 32 x DEPTH slots of a row at a time, all of whose loads are issued before the first
+// value is used: at (1, 4096, 2048) in bf16 on 132 multiprocessors the whole tensor is in flight at once. A slot is 16
+// aligned bytes where neighbours in a row are neighbours in memory, else one value; a row's first and last values that
+// fill no 16 bytes are read singly.
+//
+// Macros, from corey/_entropy_cuda.py: T_X (type of the values), UNIT_STRIDE (whether slots are 16 bytes), POWER_OF_TWO
+// (whether num_bins is one), COLUMNS (replicas of a bin in shared memory).
+#include "histogram.cuh"
+
+constexpr int THREADS = 1024, WARPS = THREADS / 32;
+constexpr int MOST_BLOCKS = 256;  // on one pool
+constexpr int DEPTH = 8;          // slots in flight a lane
+constexpr int VECTOR = UNIT_STRIDE ? 16 / int(sizeof(T_X)) : 1;
+constexpr float INF = __builtin_huge_valf();
+
+// The host packs reciprocal = ceil(2^32 / by), or 0 where by is 1.
+struct Divisor {
+    uint32 by, reciprocal;
+    // For x below 2^16, as are the numbers of warps and pools in the first two kernels.
+    __device__ __forceinline__ uint32 divide(uint32 x) const { return reciprocal ? __umulhi(x, reciprocal) : x; }
+};
+
+struct Params {
+    Sink sink;
+    const T_X* x;
+    float2* extremes;                         // [pools][blocks a pool], or null for the fixed range below
+    double lo, span;                          // the fixed range
+    int64 pool_outer, pool_inner;             // strides of the kept dimensions, in elements
+    int64 row_outer, row_inner, step;         // strides of the pooled dimensions
+    int64 inner;                              // values in a row
+    Divisor pools_inner, rows_inner, tiles;   // pools along the inner kept dimension; tiles in a row
+    uint32 pools, rows_outer;
+    uint32 skip_outer, skip_inner, skip_tiles;  // the warps of a pool's blocks, written in rows and tiles
+    int num_bins;
+    int pools_a_block;                        // histogram_pools: a power of two up to COLUMNS
+    int own_range;
+    int singles;                              // whether any row has values that fill no slot
+};
+
+// ---- values ----------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float min_nan(float a, float b) {  // NaN if either is, unlike fminf
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+    return a;
+}
+__device__ __forceinline__ float max_nan(float a, float b) {
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+    return a;
+}
+
+// The least and the greatest of what was taken in, NaN after a NaN.
+struct Extremes {
+    float lo = INF, hi = -INF;
+
+    __device__ __forceinline__ void take(float v) { lo = min_nan(lo, v), hi = max_nan(hi, v); }
+    __device__ __forceinline__ void take(const Extremes& other) {
+        lo = min_nan(lo, other.lo), hi = max_nan(hi, other.hi);
+    }
+    // Over the lanes whose number differs in bits from `first` up.
+    __device__ __forceinline__ void across_lanes(int first) {
+        for (int offset = first; offset < 32; offset *= 2)
+            take({__shfl_xor_sync(~0u, lo, offset), __shfl_xor_sync(~0u, hi, offset)});
+    }
+};
+
+// The same over packed words: one instruction for two 16-bit values.
+template <typename T>
+struct Packed;
+template <>
+struct Packed<float> {
+    float lo = INF, hi = -INF;
+    __device__ __forceinline__ void take(uint32 w) {
+        lo = min_nan(lo, __uint_as_float(w)), hi = max_nan(hi, __uint_as_float(w));
+    }
+    __device__ __forceinline__ Extremes unpack() const { return {lo, hi}; }
+};
+template <typename PAIR, uint32 INFINITIES>
+struct PackedPair {
+    uint32 lo = INFINITIES, hi = INFINITIES | 0x80008000u;
+    __device__ __forceinline__ static PAIR pair(uint32 w) { return reinterpret_cast<const PAIR&>(w); }
+    __device__ __forceinline__ static uint32 word(PAIR p) { return reinterpret_cast<const uint32&>(p); }
+    __device__ __forceinline__ void take(uint32 w) {
+        lo = word(__hmin2_nan(pair(lo), pair(w))), hi = word(__hmax2_nan(pair(hi), pair(w)));
+    }
+    __device__ __forceinline__ Extremes unpack() const {
+        return {min_nan(to_float(pair(lo).x), to_float(pair(lo).y)), max_nan(to_float(pair(hi).x), to_float(pair(hi).y))};
+    }
+};
+template <>
+struct Packed<__nv_bfloat16> : PackedPair<__nv_bfloat162, 0x7f807f80u> {};
+template <>
+struct Packed<__half> : PackedPair<__half2, 0x7c007c00u> {};
+
+// ---- slots -----------------------------------------------------------------------------------------------------------
+
+template <int SIZE>
+struct Slot {  // 16 bytes
+    Vec16<T_X> raw;
+    __device__ __forceinline__ void load(const T_X* p) { raw = Vec16<T_X>::load(p); }
+    __device__ __forceinline__ void unpack(float (&out)[SIZE]) const { raw.unpack(out); }
+    __device__ __forceinline__ void into(Packed<T_X>& packed) const {
+        packed.take(raw.words.x), packed.take(raw.words.y), packed.take(raw.words.z), packed.take(raw.words.w);
+    }
+};
+template <>
+struct Slot<1> {  // one value, twice in a word
+    T_X raw;
+    __device__ __forceinline__ void load(const T_X* p) { raw = __ldg(p); }
+    __device__ __forceinline__ void unpack(float (&out)[1]) const { out[0] = to_float(raw); }
+    __device__ __forceinline__ void into(Packed<T_X>& packed) const {
+        if constexpr (sizeof(T_X) == 4) packed.take(reinterpret_cast<const uint32&>(raw));
+        else packed.take(reinterpret_cast<const uint16&>(raw) * 0x10001u);
+    }
+};
+
+// What a warp takes at a time.
+struct Tile {
+    uint32 outer, inner, tile;  // row and place in the row
+    int present;                // how many of this lane's slots lie in the row
+    Slot<VECTOR> slots[DEPTH];
+
+    __device__ __forceinline__ Tile(const Params& p) {
+        uint32 warp = threadIdx.x / 32 * gridDim.x + blockIdx.x;  // neighbours in different blocks: even loads
+        uint32 row = p.tiles.divide(warp);
+        tile = warp - row * p.tiles.by;
+        outer = p.rows_inner.divide(row);
+        inner = row - outer * p.rows_inner.by;
+    }
+    __device__ __forceinline__ bool valid(const Params& p) const { return outer < p.rows_outer; }
+    __device__ __forceinline__ void next(const Params& p) {
+        tile += p.skip_tiles;
+        bool carry = tile >= p.tiles.by;
+        tile -= carry ? p.tiles.by : 0;
+        inner += p.skip_inner + carry;
+        carry = inner >= p.rows_inner.by;
+        inner -= carry ? p.rows_inner.by : 0;
+        outer += p.skip_outer + carry;
+    }
+    __device__ __forceinline__ const T_X* row(const Params& p, const T_X* pool) const {
+        return pool + outer * p.row_outer + inner * p.row_inner;
+    }
+    // Values of the row before the first slot.
+    __device__ __forceinline__ static int head(const Params& p, const T_X* row) {
+        return UNIT_STRIDE ? int(min(int64(-(reinterpret_cast<uint64>(row) / sizeof(T_X)) & (VECTOR - 1)), p.inner)) : 0;
+    }
+    __device__ __forceinline__ void load(const Params& p, const T_X* pool) {
+        const T_X* at = row(p, pool);
+        const int first = head(p, at), lane = threadIdx.x & 31;
+        const int64 start = int64(tile) * (32 * DEPTH), slots_left = (p.inner - first) / VECTOR - start;
+        const int64 step = UNIT_STRIDE ? VECTOR : p.step;
+        at += first + (start + lane) * step;
+        if (slots_left >= 32 * DEPTH) {
+            present = DEPTH;
+#pragma unroll
+            for (int k = 0; k < DEPTH; ++k) slots[k].load(at + 32 * k * step);
+        } else if (slots_left > 0) {  // the row's last slot stands in for absent ones, so that no load waits for another
+            const int left = int(slots_left) - lane;
+            present = (left + 31) >> 5;
+#pragma unroll
+            for (int k = 0; k < DEPTH; ++k) slots[k].load(at + min(32 * k, left - 1) * step);
+        } else {
+            present = 0;
+#pragma unroll
+            for (int k = 0; k < DEPTH; ++k) slots[k] = {};
+        }
+    }
+    // Calls use(value) for the values that fill no slot: of the row's start in its first tile, of its end in its last.
+    template <typename Use>
+    __device__ __forceinline__ void for_each_single(const Params& p, const T_X* pool, Use use) const {
+        if (!UNIT_STRIDE || !p.singles) return;
+        const T_X* at = row(p, pool);
+        const int first = head(p, at), rest = int((p.inner - first) % VECTOR), lane = threadIdx.x & 31;
+        const bool before = tile == 0 && lane < first, after = tile == p.tiles.by - 1 && lane >= 16 && lane < 16 + rest;
+        if (before || after) use(to_float(__ldg(at + (before ? lane : p.inner - rest + (lane - 16)))));
+    }
+};
+
+__device__ __forceinline__ const T_X* pool_start(const Params& p, uint32 outer, uint32 inner) {
+    return p.x + outer * p.pool_outer + inner * p.pool_inner;
+}
+
+__device__ __forceinline__ const T_X* pool_of_block(const Params& p) {
+    uint32 outer = p.pools_inner.divide(blockIdx.y);
+    return pool_start(p, outer, blockIdx.y - outer * p.pools_inner.by);
+}
+
+// ---- ranges ----------------------------------------------------------------------------------------------------------
+
+enum Kind { ORDINARY, CONSTANT, INVALID };
+
+struct Range {
+    float lo, span;
+    Kind kind;
+
+    __device__ __forceinline__ static Range fixed(const Params& p) { return {float(p.lo), float(p.span), ORDINARY}; }
+    // The published code forms the span in float64 and divides in fp32.
+    __device__ __forceinline__ static Range own(const Extremes& found) {
+        double span = double(found.hi) - double(found.lo);
+        float widened = float(span + SPAN_EPS);
+        return {found.lo, widened, !isfinite(widened) ? INVALID : span < SPAN_EPS ? CONSTANT : ORDINARY};
+    }
+    __device__ __forceinline__ float entropy_without_counting() const {
+        return kind == CONSTANT ? 0.0f : __int_as_float(0x7fffffff);
+    }
+};
+
+// ---- few large pools -------------------------------------------------------------------------------------------------
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_extremes(const __grid_constant__ Params p) {
+    __shared__ float2 of_warp[WARPS];
+    const T_X* pool = pool_of_block(p);
+    const int lane = threadIdx.x & 31;
+    Packed<T_X> packed;
+    Extremes found;
+    for (Tile tile(p); tile.valid(p); tile.next(p)) {
+        tile.load(p, pool);
+#pragma unroll
+        for (int k = 0; k < DEPTH; ++k)
+            if (k < tile.present) tile.slots[k].into(packed);
+        tile.for_each_single(p, pool, [&](float v) { found.take(v); });
+    }
+    found.take(packed.unpack());
+    found.across_lanes(1);
+    if (lane == 0) of_warp[threadIdx.x / 32] = make_float2(found.lo, found.hi);
+    __syncthreads();
+    if (threadIdx.x >= 32) return;
+    found = {of_warp[lane].x, of_warp[lane].y};
+    found.across_lanes(1);
+    if (lane == 0) p.extremes[blockIdx.y * gridDim.x + blockIdx.x] = make_float2(found.lo, found.hi);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_entropy(const __grid_constant__ Params p) {
+    extern __shared__ uint4 memory[];
+    __shared__ Bins shared_bins;
+    __shared__ Kind kind;
+    const T_X* pool = pool_of_block(p);
+    Tile tile(p);
+    if (tile.valid(p)) tile.load(p, pool);  // and while that is under way:
+    SharedHistogram<COLUMNS> histogram(reinterpret_cast<uint32*>(memory), p.num_bins);
+    histogram.clear();
+    if (threadIdx.x < 32) {
+        Range range;
+        if (p.extremes) {
+            float2 pairs[MOST_BLOCKS / 32];  // fetched together; the last block's stands in for absent ones
+#pragma unroll
+            for (int i = 0; i < MOST_BLOCKS / 32; ++i)
+                pairs[i] = p.extremes[blockIdx.y * gridDim.x + min(threadIdx.x + 32 * i, gridDim.x - 1)];
+            Extremes found;
+#pragma unroll
+            for (int i = 0; i < MOST_BLOCKS / 32; ++i) found.take({pairs[i].x, pairs[i].y});
+            found.across_lanes(1);
+            range = Range::own(found);
+        } else {
+            range = Range::fixed(p);
+        }
+        if (range.kind != ORDINARY && blockIdx.x == 0)
+            write_outcome(p.sink, blockIdx.y, range.entropy_without_counting());
+        if (threadIdx.x == 0) {
+            shared_bins = Bins(range.lo, range.span, p.num_bins);
+            kind = range.kind;
+        }
+    }
+    __syncthreads();
+    if (kind != ORDINARY) return;
+
+    const Bins bins = shared_bins;
+    Packed<T_X> seen;
+    bool saw_nan = false;
+    while (tile.valid(p)) {
+#pragma unroll
+        for (int k = 0; k < DEPTH; ++k) {
+            if (k < tile.present) {
+                float values[VECTOR];
+                tile.slots[k].unpack(values);
+                tile.slots[k].into(seen);
+#pragma unroll
+                for (int i = 0; i < VECTOR; ++i) histogram.add(bins.locate<POWER_OF_TWO>(values[i]));
+            }
+        }
+        tile.for_each_single(p, pool, [&](float v) {
+            saw_nan |= isnan(v);
+            histogram.add(bins.locate<POWER_OF_TWO>(v));
+        });
+        tile.next(p);
+        if (tile.valid(p)) tile.load(p, pool);
+    }
+    finish(p.sink, histogram, saw_nan || isnan(seen.unpack().hi), blockIdx.y, gridDim.x);
+}
+
+// ---- many small pools ------------------------------------------------------------------------------------------------
+
+// Neighbouring lanes take neighbouring pools, `members` of them, so that reading across pools is coalesced where values of
+// a pool lie far apart; a pool's columns of the shared table are those congruent to its number.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_pools(const __grid_constant__ Params p) {
+    extern __shared__ uint4 memory[];
+    __shared__ double partial[WARPS][32];
+    __shared__ bool nan_in[32];
+    float2(*of_warp)[32] = reinterpret_cast<float2(*)[32]>(partial);  // used before it
+    const uint32 members = p.pools_a_block, member = threadIdx.x & (members - 1), index = blockIdx.x * members + member;
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const bool live = index < p.pools;
+    const T_X* pool = live ? pool_start(p, index / p.pools_inner.by, index % p.pools_inner.by) : p.x;
+    const uint32 inner = uint32(p.inner), size = live ? p.rows_inner.by * inner : 0, step = blockDim.x / members;
+
+    auto for_each_value = [&](auto use) {
+        for (uint32 first = threadIdx.x / members; first < size; first += DEPTH * step) {
+            T_X values[DEPTH];
+#pragma unroll
+            for (int k = 0; k < DEPTH; ++k) {
+                uint32 i = first + k * step;
+                if (i >= size) continue;
+                int64 offset = p.rows_inner.by == 1 ? i * p.step : i / inner * p.row_inner + i % inner * p.step;
+                values[k] = __ldg(pool + offset);
+            }
+#pragma unroll
+            for (int k = 0; k < DEPTH; ++k)
+                if (first + k * step < size) use(to_float(values[k]));
+        }
+    };
+
+    SharedHistogram<COLUMNS> histogram(reinterpret_cast<uint32*>(memory), p.num_bins);
+    histogram.clear();
+    if (threadIdx.x < 32) nan_in[threadIdx.x] = false;
+    Range range = Range::fixed(p);
+    if (p.own_range) {
+        Extremes found;
+        for_each_value([&](float v) { found.take(v); });
+        found.across_lanes(members);
+        of_warp[warp][lane] = make_float2(found.lo, found.hi);
+        __syncthreads();
+        for (int w = 0; w < warps; ++w) found.take({of_warp[w][member].x, of_warp[w][member].y});
+        range = Range::own(found);
+    }
+    __syncthreads();
+    if (range.kind == ORDINARY) {
+        const Bins bins(range.lo, range.span, p.num_bins);
+        bool saw_nan = false;
+        for_each_value([&](float v) {
+            saw_nan |= isnan(v);
+            histogram.add(bins.locate<POWER_OF_TWO>(v));
+        });
+        if (saw_nan) nan_in[member] = true;
+    }
+    __syncthreads();
+
+    double nats = 0.0;
+    for (uint32 i = threadIdx.x; i < p.num_bins * members; i += blockDim.x)
+        nats += entropy_term(histogram.sum(i / members, member, members, COLUMNS / members), p.sink.inverse_size);
+    for (int offset = members; offset < 32; offset *= 2) nats += __shfl_xor_sync(~0u, nats, offset);
+    partial[warp][lane] = nats;
+    __syncthreads();
+    if (warp > 0) return;
+    nats = 0.0;
+    for (int w = 0; w < warps; ++w) nats += partial[w][member];
+    float entropy = range.kind != ORDINARY ? range.entropy_without_counting()
+                    : nan_in[member]       ? __int_as_float(0x7fffffff)
+                                           : in_unit(nats, p.sink.inverse_unit);
+    if (p.sink.chunk) write_chunk(p.sink, entropy);
+    if (p.sink.entropy && live && lane < members) p.sink.entropy[index] = entropy;
+}

@@ -1,0 +1,34 @@
+"""Every tuned kernel compiles for every architecture the project names, on a machine without a GPU, and none spills."""
+
+import importlib
+import importlib.util
+
+import pytest
+
+from corey import _cuda
+
+pytest.importorskip("cuda.core", reason='NVRTC is not installed: pip install -e ".[cuda]"')
+
+ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
+MODULES = [
+    "corey._scan_cuda",
+    "corey._entropy_cuda",
+    "corey._hadamard_cuda",
+    "corey._conv_cuda",
+    "corey._state_update_cuda",
+]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("module", MODULES)
+def test_tuned_kernels_compile_without_spills(module, arch):
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not written yet")
+    tuned = importlib.import_module(module).TUNED
+    assert tuned
+    spills = {}
+    for source, name, macros in tuned:
+        compiled = _cuda.compile_only(source, name, arch, macros)
+        if compiled.local_bytes:
+            spills[name, macros] = f"{compiled.registers} registers, {compiled.local_bytes} bytes of local memory"
+    assert not spills
