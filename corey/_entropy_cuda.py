@@ -1,8 +1,8 @@
-"""Histogram entropy on CUDA: how a call's values lie in memory, which kernels of kernels/histogram.cu it needs, launch.
+"""Histogram entropy on CUDA: how a call's values lie in memory, which kernels of kernels/histogram.cu they need.
 
-The result and the chunk stay on the device. Bins over a fixed range cost one launch and one pass over the data, bins over
-the tensor's own range two of each, and many small pools one launch. Counts are integers, so the result is the same bit
-for bit in every run.
+The result and the chunk stay on the device. Bins over a fixed range cost one launch and one pass over the data, bins
+over the tensor's own range two of each, and many small pools one launch. Counts are integers, so the result is the same
+bit for bit in every run.
 """
 
 import math
@@ -39,21 +39,16 @@ def table_bytes(num_bins: int) -> int:
     return ((num_bins + 1) * columns(num_bins) + 3) // 4 * 16
 
 
-def macros(dtype: torch.dtype, num_bins: int, unit_stride: bool) -> _cuda.Macros:
-    return (
-        ("T_X", _TYPES[dtype]),
-        ("UNIT_STRIDE", int(unit_stride)),
-        ("POWER_OF_TWO", int(num_bins & (num_bins - 1) == 0)),
-        ("COLUMNS", columns(num_bins)),
-    )
+def variant(name: str, dtype: torch.dtype, num_bins: int, unit_stride: bool) -> tuple[str, str, _cuda.Macros]:
+    """What `_cuda.function` needs to know of the kernel `name`, except the device."""
+    macros = [(name.removeprefix("histogram_").upper(), 1), ("T_X", _TYPES[dtype]), ("UNIT_STRIDE", int(unit_stride))]
+    if name != "histogram_extremes":
+        macros += ("POWER_OF_TWO", int(num_bins & (num_bins - 1) == 0)), ("COLUMNS", columns(num_bins))
+    return SOURCE, name, tuple(macros)
 
 
-TUNED = [
-    (SOURCE, name, macros(dtype, 256, unit_stride))
-    for name in ("histogram_extremes", "histogram_entropy", "histogram_pools")
-    for dtype in _TYPES
-    for unit_stride in (True, False)
-]
+TUNED = [variant(name, dtype, 256, True) for name in ("histogram_extremes", "histogram_entropy") for dtype in _TYPES]
+TUNED += [variant("histogram_pools", dtype, 256, False) for dtype in _TYPES]
 
 
 # ---- where a histogram goes; kernels/histogram.cuh, Sink -------------------------------------------------------------
@@ -120,6 +115,7 @@ def chunk(
 
 
 def _run(x, num_bins, bounds, log_base, pooled, rule):
+    """rule: None for the entropies, else `chunk`'s last two arguments."""
     if x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return _run(x, num_bins, bounds, log_base, pooled, rule)
@@ -131,9 +127,10 @@ def _run(x, num_bins, bounds, log_base, pooled, rule):
         view = _View.of(x, pooled)
         if view is None:  # too many strides for the kernels
             kept = [d for d in range(x.ndim) if d not in pooled]
-            moved = x.permute(*kept, *pooled)
-            flat = moved.reshape(*moved.shape[: len(kept)], -1)
-            return _run(flat, num_bins, bounds, log_base, (len(kept),), rule)
+            shape = [x.shape[d] for d in kept]
+            flat = x.permute((*kept, *pooled)).reshape(math.prod(shape), -1)
+            result = _run(flat, num_bins, bounds, log_base, (1,), rule)
+            return result if rule else result.reshape(shape)
         plan = _plans[key] = _plan(x, view, num_bins, bounds, log_base, rule)
 
     result = x.new_empty(plan.kept_shape, dtype=torch.float32 if rule is None else torch.int32)
@@ -155,26 +152,21 @@ def _run(x, num_bins, bounds, log_base, pooled, rule):
 class _View:
     """x as pools of rows: (size, stride) pairs, strides in elements, outermost first."""
 
+    kept_shape: tuple[int, ...]
     kept: list[tuple[int, int]]  # 2
     rows: list[tuple[int, int]]  # 3: the last is along a row
 
     @staticmethod
     def of(x: Tensor, pooled: tuple[int, ...]) -> "_View | None":
-        sizes = list(zip(x.shape, x.stride()))
-        kept = _merged([sizes[d] for d in range(x.ndim) if d not in pooled])
+        """None where the kernels cannot step through memory so."""
+        pairs = list(zip(x.shape, x.stride()))
+        shape = tuple(x.shape[d] for d in range(x.ndim) if d not in pooled)
+        kept = _merged([pairs[d] for d in range(x.ndim) if d not in pooled])
         # Order within a pool is free. Repeated values (stride 0) go outside, so that rows stay contiguous.
-        rows = _merged(sorted((sizes[d] for d in pooled), key=lambda pair: (pair[1] != 0, -pair[1])))
-        if len(kept) > 2 or len(rows) > 3:
+        rows = _merged(sorted((pairs[d] for d in pooled), key=lambda pair: (pair[1] != 0, -pair[1])))
+        if len(kept) > 2 or len(rows) > 3 or (len(rows) == 3 and math.prod(shape) > 65535):
             return None
-        return _View([(1, 0)] * (2 - len(kept)) + kept, [(1, 0)] * (3 - len(rows)) + rows)
-
-    @property
-    def pools(self) -> int:
-        return math.prod(size for size, _ in self.kept)
-
-    @property
-    def pool_size(self) -> int:
-        return math.prod(size for size, _ in self.rows)
+        return _View(shape, [(1, 0)] * (2 - len(kept)) + kept, [(1, 0)] * (3 - len(rows)) + rows)
 
 
 def _merged(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -193,18 +185,16 @@ def _merged(pairs: list[tuple[int, int]]) -> list[tuple[int, int]]:
 def _plan(x: Tensor, view: _View, num_bins, bounds, log_base, rule) -> Plan:
     device = x.device.index
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    size, pools = view.pool_size, view.pools
+    size, pools = math.prod(n for n, _ in view.rows), math.prod(view.kept_shape)
     (rows_outer, outer_stride), (rows_inner, inner_stride), (inner, step) = view.rows
     small = rows_outer == 1 and size < 2**31 and (size <= _FEW_VALUES or pools >= processors)
-    if not small and pools > 65535:
-        raise ValueError(f"x: got {pools} pools with three strides each, want at most 65535; make it contiguous first")
     unit_stride = not small and step == 1
     vector = 16 // x.dtype.itemsize if unit_stride else 1
     tiles = max(1, math.ceil(inner // vector / (32 * _DEPTH)))
 
     members = skip = 1
     if small:
-        members = _pools_a_block(view, x.dtype.itemsize, columns(num_bins), processors)
+        members = _pools_a_block(view, pools, x.dtype.itemsize, columns(num_bins), processors)
         grid = (math.ceil(pools / members), 1, 1)
         threads = _POOL_THREADS if members * size > 2048 else 128
         names = ("histogram_pools",)
@@ -221,13 +211,12 @@ def _plan(x: Tensor, view: _View, num_bins, bounds, log_base, rule) -> Plan:
     starts = (pool_outer, pool_inner, outer_stride, inner_stride)
     singles = unit_stride and (x.data_ptr() % 16 or any(s % vector for s in (*starts, inner)))
     least, least_chunk = rule or ((), 0)
-    variant = macros(x.dtype, num_bins, unit_stride)
     return Plan(
-        functions=tuple(_cuda.function(SOURCE, name, device, variant) for name in names),
+        functions=tuple(_function(device, *variant(name, x.dtype, num_bins, unit_stride)) for name in names),
         grid=grid,
         threads=threads,
         shared_bytes=table_bytes(num_bins),
-        kept_shape=() if rule else tuple(kept_shape),
+        kept_shape=() if rule else view.kept_shape,
         pools=pools,
         extremes=len(names) // 2 * grid[0] * pools,
         counted=not small,
@@ -253,3 +242,22 @@ def _plan(x: Tensor, view: _View, num_bins, bounds, log_base, rule) -> Plan:
         ),
         version=_cuda.source_version(),
     )
+
+
+def _pools_a_block(view: _View, pools: int, itemsize: int, most: int, processors: int) -> int:
+    """A power of two: how many neighbouring pools the lanes of a warp read side by side."""
+    pool_stride, step = view.kept[1][1], view.rows[2][1]
+    if not 0 < pool_stride < step:
+        return 1
+    members, in_a_sector = most, 32 // (pool_stride * itemsize)
+    while members > max(in_a_sector, 1) and math.ceil(pools / members) < processors:
+        members //= 2
+    return members
+
+
+def _function(device: int, source: str, name: str, macros: _cuda.Macros) -> _cuda.Function:
+    return _cuda.function(source, name, device, macros)
+
+
+def _divisor(by: int) -> tuple[int, int]:
+    return by, math.ceil(2**32 / by) if by > 1 else 0

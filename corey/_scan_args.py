@@ -37,7 +37,7 @@ def check_no_gradient(tensors):
 
 
 def check_chunk_size(chunk_size, *, multiple_of, device=None):
-    """A positive int that is a multiple of `multiple_of` tokens; with a CUDA `device` also a 0-dim int32 tensor there."""
+    """A positive int, a multiple of `multiple_of` tokens; for a CUDA `device` also a 0-dim int32 tensor on it."""
     if isinstance(chunk_size, torch.Tensor):
         if device is None or device.type != "cuda":
             raise TypeError(

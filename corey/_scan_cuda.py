@@ -1,4 +1,4 @@
-"""The selective scan on CUDA: which variant of kernels/selective_scan.cu a call needs, and its launch."""
+"""The selective scan on CUDA: which variant of kernels/selective_scan.cu a call needs, and its launches."""
 
 import struct
 from dataclasses import dataclass
@@ -8,38 +8,39 @@ import torch
 from corey import _cuda
 from corey._scan_args import TILE, check_chunk_size, check_tensors
 
-SOURCE, NAME = "selective_scan.cu", "selective_scan"
-COLUMNS, THREADS = 32, 128  # as in the kernel: channels times tiles a block, threads
-TOKENS, CHANNELS, STRIDED, CONSTANT = range(4)  # what is contiguous and aligned in memory
+SOURCE = "selective_scan.cu"
+THREADS, VECTOR = 128, 8  # as in the kernel: threads a block, elements a thread takes at a time
+TOKENS_A_THREAD, CHANNELS_A_THREAD, THREADS_ON_TOKENS, THREADS_ON_CHANNELS = range(4)
+VECTORS_OF_TOKENS, VECTORS_OF_STATES, STRIDED, CONSTANT = range(4)
 
 _TYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
-_POINTERS = struct.Struct("=13Q")
-_NUMBERS = struct.Struct("=27q6i")
+_POINTERS = struct.Struct("=14Q")
+_NUMBERS = struct.Struct("=27q5i4x")
 
 
-def macros(*, dtypes, layouts, states, z=True, D=True, bias=True, softplus=True):
-    """The variant's macros. dtypes: of u, delta, z, B, C; layouts: of u, delta, z, y, B, C."""
+def macros(*, dtypes, states, order, vectors=(True,) * 4, projections, z=True, D=True, bias=True, softplus=True):
+    """The variant's macros. dtypes: of u, delta, z, B, C; vectors: of u, delta, z, y; projections: of B, C."""
     named = zip(("T_U", "T_DELTA", "T_Z", "T_B", "T_C"), (_TYPES[dtype] for dtype in dtypes))
-    placed = zip(("LAYOUT_U", "LAYOUT_DELTA", "LAYOUT_Z", "LAYOUT_Y", "LAYOUT_B", "LAYOUT_C"), layouts)
-    flags = (("N", states), ("HAS_Z", int(z)), ("HAS_D", int(D)), ("HAS_BIAS", int(bias)), ("SOFTPLUS", int(softplus)))
-    return (*named, *placed, *flags)
+    wide = zip(("VECTOR_U", "VECTOR_DELTA", "VECTOR_Z", "VECTOR_Y"), (int(vector) for vector in vectors))
+    flags = (("HAS_Z", int(z)), ("HAS_D", int(D)), ("HAS_BIAS", int(bias)), ("SOFTPLUS", int(softplus)))
+    lie = (("MAP", order), ("LAYOUT_B", projections[0]), ("LAYOUT_C", projections[1]))
+    return (*named, *wide, *flags, ("N", states), *lie)
 
 
 TUNED = [
-    (SOURCE, NAME, macros(dtypes=(dtype,) * 5, layouts=layouts, states=16))
+    (SOURCE, name, macros(dtypes=(dtype,) * 5, states=16, order=order, projections=(projection,) * 2))
+    for name in ("scan_both", "scan_states", "scan_outputs")
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
-    for layouts in ((TOKENS,) * 6, (CHANNELS,) * 6)
+    for order, projection in ((TOKENS_A_THREAD, VECTORS_OF_TOKENS), (CHANNELS_A_THREAD, VECTORS_OF_STATES))
 ]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a launch needs but the addresses. It holds for tensors of these shapes, strides, dtypes and alignments."""
+    """All that the launches need but the addresses, for tensors of these shapes, strides, dtypes and alignments."""
 
-    function: _cuda.Function
-    grid: tuple[int, int, int]
-    shared_bytes: int
-    scratch_bytes: int  # 0 where no state passes from block to block
+    launches: tuple  # (function, grid, threads, shared bytes), in order
+    tiles: int  # of a sequence that is split, else 0
     numbers: bytes
     version: int
 
@@ -64,19 +65,25 @@ def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chu
             check_chunk_size(chunk_size, multiple_of=TILE, device=u.device)
         plan = _plans[key] = _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk_size)
     y, last = outputs(u, A)
-    if plan.grid[0] == 0:
-        last.copy_(initial_state) if initial_state is not None else last.zero_()
+    if not plan.launches:
+        last.zero_() if initial_state is None else last.copy_(initial_state)
         return y, last
-    if u.device.index != torch.cuda.current_device():
-        with torch.cuda.device(u.device):
-            _launch(plan, u, delta, A, B, C, D, z, delta_bias, initial_state, chunk_size, on_device, y, last)
+    device_chunk = chunk_size if on_device else None
+    if u.device.index == torch.cuda.current_device():
+        _launch(plan, u, delta, A, B, C, D, z, delta_bias, initial_state, device_chunk, y, last)
     else:
-        _launch(plan, u, delta, A, B, C, D, z, delta_bias, initial_state, chunk_size, on_device, y, last)
+        with torch.cuda.device(u.device):
+            _launch(plan, u, delta, A, B, C, D, z, delta_bias, initial_state, device_chunk, y, last)
     return y, last
 
 
-def _launch(plan, u, delta, A, B, C, D, z, delta_bias, initial_state, chunk_size, on_device, y, last):
-    scratch = _cuda.scratch(u.device.index, plan.scratch_bytes) if plan.scratch_bytes else None
+def _launch(plan, u, delta, A, B, C, D, z, delta_bias, initial_state, device_chunk, y, last):
+    tiles = sums = 0
+    if plan.tiles:  # what passes between the launches: the state of every tile, then the sum of its steps
+        states = plan.tiles * last.numel()
+        between = last.new_empty(states + plan.tiles * (last.shape[0] * last.shape[1]))
+        tiles = between.data_ptr()
+        sums = tiles + 4 * states
     addresses = _POINTERS.pack(
         u.data_ptr(),
         delta.data_ptr(),
@@ -89,10 +96,13 @@ def _launch(plan, u, delta, A, B, C, D, z, delta_bias, initial_state, chunk_size
         0 if delta_bias is None else delta_bias.data_ptr(),
         0 if initial_state is None else initial_state.data_ptr(),
         last.data_ptr(),
-        chunk_size.data_ptr() if on_device else 0,
-        0 if scratch is None else scratch.data_ptr(),
+        tiles,
+        sums,
+        0 if device_chunk is None else device_chunk.data_ptr(),
     )
-    _cuda.launch(plan.function, plan.grid, THREADS, plan.shared_bytes, addresses + plan.numbers)
+    params = addresses + plan.numbers
+    for function, grid, threads, shared in plan.launches:
+        _cuda.launch(function, grid, threads, shared, params)
 
 
 # ---- plans -----------------------------------------------------------------------------------------------------------
@@ -101,111 +111,117 @@ def _launch(plan, u, delta, A, B, C, D, z, delta_bias, initial_state, chunk_size
 def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk_size):
     batch, channels, length = u.shape
     states = A.shape[1]
+    if u.numel() == 0:
+        return Plan((), 0, b"", _cuda.source_version())
     groups = max([1, *(x.shape[1] for x in (B, C) if x.dim() == 4)])
-    if batch * channels * length == 0:
-        return Plan(None, (0, 1, 1), 0, 0, b"", _cuda.source_version())
-    y_strides = (channels * length, 1, channels) if token_major(u) else (channels * length, length, 1)
     per_group = channels // groups
-    layouts = [_layout(x, groups, per_group) for x in (u, delta, u if z is None else z)]
-    layouts += [_rows_layout((batch, channels, length), y_strides, 0, u.dtype, groups, per_group)]
-    layouts += [_projection_layout(x, states) for x in (B, C)]
-    dtypes = (u.dtype, delta.dtype, u.dtype if z is None else z.dtype, B.dtype, C.dtype)
+    gate = u if z is None else z
+    y_strides = (channels * length, 1, channels) if token_major(u) else (channels * length, length, 1)
+    rows = [(x.stride(), x.data_ptr(), x.dtype.itemsize) for x in (u, delta, gate)] + [(y_strides, 0, u.dtype.itemsize)]
+    order = THREADS_ON_CHANNELS if token_major(u) else THREADS_ON_TOKENS
+    for wide in (TOKENS_A_THREAD, CHANNELS_A_THREAD):
+        if _is_wide(wide, u.shape, groups, *rows[0]):
+            order = wide
+            break
     variant = macros(
-        dtypes=dtypes,
-        layouts=layouts,
+        dtypes=(u.dtype, delta.dtype, gate.dtype, B.dtype, C.dtype),
         states=states,
+        order=order,
+        vectors=[_is_wide(order, u.shape, groups, *row) for row in rows],
+        projections=[_projection(x, states) for x in (B, C)],
         z=z is not None,
         D=D is not None,
         bias=delta_bias is not None,
         softplus=delta_softplus,
     )
     device = u.device.index
-    function = _cuda.function(SOURCE, NAME, device, variant)
-    properties = torch.cuda.get_device_properties(device)
-
     tiles = -(-length // TILE)
-    room = properties.shared_memory_per_block_optin
-    widest = max(w for w in range(3) if w == 0 or _shared_bytes(dtypes, layouts, states, z is not None, w) * 2 + 4096 < room)
-    shared = _shared_bytes(dtypes, layouts, states, z is not None, widest)
-    function.allow_shared(shared)
-    capacity = properties.multi_processor_count * max(function.blocks_per_sm(THREADS, shared), 1)
-    chunk, log_width = _split(batch, groups, per_group, tiles, capacity, widest, chunk_size)
+    blocks = batch * groups * -(-per_group // (THREADS // lanes_a_channel(states)))
+    chunk = _chunk(blocks, tiles, torch.cuda.get_device_properties(device).multi_processor_count, chunk_size)
+    split = isinstance(chunk_size, torch.Tensor) or chunk < tiles
+    pieces = blocks * (tiles if isinstance(chunk_size, torch.Tensor) else -(-tiles // chunk))
+    rows_of_state = -(-batch * channels * states // 128)
+    if max(pieces, rows_of_state) >= 2**31:
+        raise ValueError(f"u: got shape {tuple(u.shape)}, want fewer than 2^31 blocks of work")
 
-    spans = -(-per_group // (COLUMNS >> log_width))
-    most_chunks = tiles if isinstance(chunk_size, torch.Tensor) else -(-tiles // (chunk // TILE))
-    items = most_chunks * batch * groups * spans
-    if items >= 2**31:
-        raise ValueError(f"u: got shape {tuple(u.shape)}, which is more than 2^31 pieces of work for one launch")
-    shared = _shared_bytes(dtypes, layouts, states, z is not None, log_width)
-    capacity = properties.multi_processor_count * max(function.blocks_per_sm(THREADS, shared), 1)
-    numbers = [*u.stride(), *delta.stride(), *((0, 0, 0) if z is None else z.stride()), *y_strides]
+    def launch(name, blocks=pieces, threads=THREADS, shared=0):
+        function = _cuda.function(SOURCE, name, device, variant)
+        if shared > 48 << 10:
+            function.allow_shared(shared)
+        return function, (blocks, 1, 1), threads, shared
+
+    without, with_outputs = (_shared_bytes(states, outputs) for outputs in (False, True))
+    launches = [launch("scan_both", shared=with_outputs)]
+    if split:
+        launches = [
+            launch("scan_states", shared=without),
+            launch("scan_carry", rows_of_state, 128),
+            launch("scan_outputs", shared=with_outputs),
+        ]
+    numbers = [*u.stride(), *delta.stride(), *gate.stride(), *y_strides]
     numbers += [*_projection_strides(B), *_projection_strides(C), *A.stride()]
     numbers += [0 if x is None else x.stride(0) for x in (D, delta_bias)]
     numbers += (0, 0, 0) if initial_state is None else initial_state.stride()
-    numbers += [batch, channels, length, groups, chunk, log_width]
-    return Plan(
-        function,
-        (min(items, capacity), 1, 1),
-        shared,
-        16 + 2 * states * batch * channels * 8 if most_chunks > 1 else 0,
-        _NUMBERS.pack(*numbers),
-        _cuda.source_version(),
-    )
+    numbers += [batch, channels, length, groups, chunk * TILE]
+    return Plan(tuple(launches), tiles * split, _NUMBERS.pack(*numbers), _cuda.source_version())
 
 
-def _split(batch, groups, per_group, tiles, capacity, widest, chunk_size):
-    """chunk in tokens and log2 of the tiles that a block works on at a time."""
-    if batch * groups * -(-per_group // COLUMNS) >= capacity:
-        widest = 0
+def _chunk(blocks, tiles, processors, chunk_size):
+    """Tiles a chunk. A split sequence has every exp computed twice, so one pass wins once it keeps the GPU busy."""
     if isinstance(chunk_size, int):
-        return min(-(-chunk_size // TILE), tiles) * TILE, widest
-    if widest == 0 or batch * groups * -(-per_group // (COLUMNS >> widest)) * 10 >= capacity * 9:
-        return tiles * TILE, widest
-    return min(TILE << widest, tiles * TILE), widest
+        return min(chunk_size // TILE, tiles)
+    if isinstance(chunk_size, torch.Tensor) or blocks >= processors:
+        return tiles
+    chunk = 1
+    while 2 * chunk < tiles and blocks * tiles // (2 * chunk) >= 16 * processors:
+        chunk *= 2
+    return chunk
+
+
+def lanes_a_channel(states):
+    return 1 if states <= 4 else 2 if states <= 8 else 4 if states <= 16 else 8
+
+
+def _shared_bytes(states, with_outputs):
+    """What a pass takes of shared memory; see the list at its top."""
+    lanes = lanes_a_channel(states)
+    channels = THREADS // lanes
+    tokens = VECTOR * THREADS // channels
+    row = lanes * max(4, -(-states // (4 * lanes)) * 4)
+    floats = 2 * channels * (tokens + 2) + tokens * row + channels
+    if with_outputs:
+        floats += tokens * row + channels + lanes * channels * (tokens + 4)
+    return 4 * floats
 
 
 def token_major(x):
     return 0 < x.stride(1) < x.stride(2)
 
 
-def _layout(x, groups, per_group):
-    return _rows_layout(x.shape, x.stride(), x.data_ptr(), x.dtype, groups, per_group)
+def _is_wide(order, shape, groups, strides, address, itemsize):
+    """Whether 8 neighbouring elements of a (B, D, L) tensor are 16-byte vectors, in the given order."""
+    across = {TOKENS_A_THREAD: 2, CHANNELS_A_THREAD: 1}.get(order)
+    if across is None or strides[across] != 1 or address % 16:
+        return False
+    if across == 1 and groups > 1 and shape[1] // groups * itemsize % 16:
+        return False
+    return all(strides[axis] * itemsize % 16 == 0 for axis in {0, 1, 2} - {across} if shape[axis] > 1)
 
 
-def _rows_layout(shape, strides, address, dtype, groups, per_group):
-    """Of u, delta, z or y: (B, D, L)."""
-    vector = 16 // dtype.itemsize
-
-    def aligned(*axes):
-        return address % 16 == 0 and all(shape[axis] == 1 or strides[axis] % vector == 0 for axis in axes)
-
-    if strides[2] == 1 and aligned(0, 1):
-        return TOKENS
-    if strides[1] == 1 and aligned(0, 2) and (groups == 1 or per_group % vector == 0):
-        return CHANNELS
-    return STRIDED
-
-
-def _projection_layout(x, states):
-    """Of B or C: (B, N, L), (B, G, N, L), or constant (D, N)."""
+def _projection(x, states):
+    """How B or C lies: (B, N, L), (B, G, N, L), or constant (D, N)."""
     if x.dim() == 2:
         return CONSTANT
-    vector = 16 // x.dtype.itemsize
-
-    def aligned(*axes):
-        return x.data_ptr() % 16 == 0 and all(x.shape[axis] == 1 or x.stride(axis) % vector == 0 for axis in axes)
-
     token, state = x.dim() - 1, x.dim() - 2
-    others = range(state)
-    if x.stride(token) == 1 and aligned(state, *others):
-        return TOKENS
-    if x.stride(state) == 1 and _states_a_group(states) == 8 and aligned(token, *others):
-        return CHANNELS
-    return STRIDED
 
+    def wide(across):
+        others = [axis for axis in range(x.dim()) if axis != across and x.shape[axis] > 1]
+        aligned = all(x.stride(axis) * x.dtype.itemsize % 16 == 0 for axis in others)
+        return x.stride(across) == 1 and x.data_ptr() % 16 == 0 and aligned
 
-def _states_a_group(states):
-    return -(-states // (-(-states // 8) if states > 16 else 2))
+    if wide(token):
+        return VECTORS_OF_TOKENS
+    return VECTORS_OF_STATES if states % VECTOR == 0 and wide(state) else STRIDED
 
 
 def _projection_strides(x):
@@ -215,19 +231,3 @@ def _projection_strides(x):
     if x.dim() == 3:
         return x.stride(0), 0, x.stride(1), x.stride(2)
     return x.stride()
-
-
-def _shared_bytes(dtypes, layouts, states, gated, log_width):
-    """What the kernel takes of dynamic shared memory; see the list at its top."""
-
-    def tile(dtype):
-        return COLUMNS * (TILE * dtype.itemsize + 16)
-
-    u, delta, z, B, C = dtypes
-    total = 2 * tile(u) + tile(delta) + gated * tile(z) + (TILE * _states_a_group(states) * 8 << log_width)
-    for dtype, layout in ((B, layouts[4]), (C, layouts[5])):
-        if layout < STRIDED:
-            total += TILE * 8 * dtype.itemsize << log_width
-        elif layout == CONSTANT:
-            total += states * COLUMNS * 4
-    return total + states * COLUMNS * 12 + COLUMNS * 8

@@ -11,20 +11,25 @@ from corey import benchmark
 from corey._check import bad_value
 from corey.chunk_study import DISTRIBUTIONS, draw, scan_form
 from corey.clocks import on_device
+from corey.cold_calls import cold_calls, input_sets
+from corey.cold_timing import time_calls
 from corey.entropy import histogram_entropy
+from corey.scan import selective_scan
 
 
 def distribution_timings(inputs: Mapping, chunk_size: int, *, rounds: int, seed: int) -> pd.DataFrame:
-    """Paired timings, on the device, of the one-launch scan at one chunk with u from each distribution.
+    """Paired timings, on the device, of one call of the scan at one chunk with u from each distribution.
 
     "control" is a second normal tensor: what it differs from "normal" by is noise, so it shows what the test can see.
     """
     u = inputs["u"]
     tensors = {name: draw(name, u.shape, seed=seed).to(u.device, u.dtype) for name in DISTRIBUTIONS}
     tensors["control"] = draw("normal", u.shape, seed=seed + 1).to(u.device, u.dtype)
-    calls = {name: scan_form("one_launch", {**inputs, "u": x}, chunk_size) for name, x in tensors.items()}
-    functions = {name: on_device(call, u.device) for name, call in calls.items()}
-    return benchmark.paired(functions, rounds=rounds, seed=seed, device=u.device)
+    calls = {
+        name: cold_calls(lambda each: selective_scan(**each, chunk_size=chunk_size), input_sets({**inputs, "u": x}))
+        for name, x in tensors.items()
+    }
+    return time_calls(calls, rounds=rounds, seed=seed, device=u.device)
 
 
 def distribution_ratios(rows: pd.DataFrame, margin: float) -> pd.DataFrame:

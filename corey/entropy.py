@@ -1,6 +1,7 @@
 """Entropy of a tensor's value histogram: the statistic COREY schedules from, and the cheaper statistics beside it."""
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -40,15 +41,54 @@ def histogram_entropy(
         fp32, 0-dim for `dim=None`, else the shape of `x` without the pooled dimensions. Empty pools give 0.
         On CPU a NaN (and, with the tensor's own range, an infinity) raises; on other devices the affected entries are
         NaN, because raising would need a host synchronisation. Nothing here synchronises a CUDA stream.
+        Not differentiable.
+
+    On CUDA a fused kernel (kernels/histogram.cu) computes this with the same counts as on CPU, without a copy for up to
+    three dimensions of any strides; float64 is converted first. More than 8192 bins run as PyTorch operators.
 
     Raises:
         TypeError, ValueError: naming the argument.
     """
     _check_tensor(x)
     _check_bins(num_bins)
-    bounds = _check_range(range)
-    log_base = _check_unit(unit)
-    pools, kept_shape = _as_pools(x, dim)  # (S, n)
+    return torch.ops.corey.histogram_entropy(
+        x.detach(), num_bins, _check_range(range), _check_unit(unit), _check_dims(dim, x.ndim)
+    )
+
+
+def entropy_chunk(
+    x: Tensor, num_bins: int, range: tuple[float, float] | None, least: tuple[float, ...], least_chunk: int
+) -> Tensor:
+    """The chunk that `histogram_entropy` of all of `x` picks: 0-dim int32 on the device of `x`, not synchronised.
+
+    least: entropies in nats, ascending, at most 32. The chunk is least_chunk, doubled for each of them that the entropy
+        reaches. On CUDA a NaN reaches none. `corey.schedulers.device_chunk` takes a `ChunkRule` instead.
+    """
+    _check_tensor(x)
+    _check_bins(num_bins)
+    if len(least) > 32 or not 1 <= least_chunk << len(least) < 2**31:
+        raise bad_value("least", f"{len(least)} entropies above {least_chunk} tokens", "chunks below 2^31 tokens")
+    return torch.ops.corey.entropy_chunk(x.detach(), num_bins, _check_range(range), least, least_chunk)
+
+
+# ---- the registered operators ----------------------------------------------------------------------------------------
+
+torch.library.define(
+    "corey::histogram_entropy",
+    "(Tensor x, int num_bins, float[]? range, float log_base, int[] pooled) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+torch.library.define(
+    "corey::entropy_chunk",
+    "(Tensor x, int num_bins, float[]? range, float[] least, int least_chunk) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _histogram_entropy(
+    x: Tensor, num_bins: int, bounds: list[float] | None, log_base: float, pooled: list[int]
+) -> Tensor:
+    pools, kept_shape = _as_pools(x, pooled)  # (S, n)
     if pools.numel() == 0:
         return x.new_zeros(kept_shape, dtype=torch.float32)
     if bounds is None:
@@ -63,6 +103,56 @@ def histogram_entropy(
     entropy = (-terms.sum(-1) / log_base).clamp_min(0.0)  # (S,)
     entropy = entropy.masked_fill(constant, 0.0).masked_fill(~valid, math.nan)
     return entropy.float().reshape(kept_shape)
+
+
+def _entropy_chunk(
+    x: Tensor, num_bins: int, bounds: list[float] | None, least: list[float], least_chunk: int
+) -> Tensor:
+    entropy = _histogram_entropy(x, num_bins, bounds, 1.0, range(x.ndim))
+    chunk = torch.full((), least_chunk, dtype=torch.int32, device=x.device)
+    for bound in least:  # numbers, not a tensor of them, which would have to travel to the device
+        chunk = chunk + chunk * (entropy >= bound)
+    return chunk
+
+
+@torch.library.impl("corey::histogram_entropy", "CUDA")
+def _histogram_entropy_cuda(
+    x: Tensor, num_bins: int, bounds: list[float] | None, log_base: float, pooled: list[int]
+) -> Tensor:
+    from corey import _entropy_cuda
+
+    if x.numel() == 0 or num_bins > _entropy_cuda.MAX_BINS:
+        return _histogram_entropy(x, num_bins, bounds, log_base, pooled)
+    return _entropy_cuda.entropy(x, num_bins, bounds and tuple(bounds), log_base, tuple(pooled))
+
+
+@torch.library.impl("corey::entropy_chunk", "CUDA")
+def _entropy_chunk_cuda(
+    x: Tensor, num_bins: int, bounds: list[float] | None, least: list[float], least_chunk: int
+) -> Tensor:
+    from corey import _entropy_cuda
+
+    if x.numel() == 0 or num_bins > _entropy_cuda.MAX_BINS:
+        return _entropy_chunk(x, num_bins, bounds, least, least_chunk)
+    return _entropy_cuda.chunk(x, num_bins, bounds and tuple(bounds), tuple(least), least_chunk)
+
+
+# Called, not used as decorators: those leave None in place of the function.
+torch.library.impl("corey::histogram_entropy", "default", _histogram_entropy)
+torch.library.impl("corey::entropy_chunk", "default", _entropy_chunk)
+
+
+@torch.library.register_fake("corey::histogram_entropy")
+def _histogram_entropy_fake(x, num_bins, bounds, log_base, pooled):
+    return x.new_empty([size for d, size in enumerate(x.shape) if d not in pooled], dtype=torch.float32)
+
+
+@torch.library.register_fake("corey::entropy_chunk")
+def _entropy_chunk_fake(x, num_bins, bounds, least, least_chunk):
+    return x.new_empty((), dtype=torch.int32)
+
+
+# ---- references and other statistics ---------------------------------------------------------------------------------
 
 
 def histogram_entropy_ref(
@@ -163,7 +253,9 @@ def _own_range_counts(pools: Tensor, num_bins: int) -> tuple[Tensor, Tensor, Ten
 
 
 def _fixed_range_counts(pools: Tensor, num_bins: int, lo: float, hi: float) -> tuple[Tensor, Tensor, Tensor]:
-    counts = _bin_counts((pools - lo) / (hi - lo), num_bins)
+    # Divided by a tensor: for a number, CUDA multiplies by the reciprocal, which rounds otherwise.
+    width = torch.full((), hi - lo, dtype=torch.float64, device=pools.device).float()
+    counts = _bin_counts((pools - lo) / width, num_bins)
     return counts, ~pools.isnan().any(-1), torch.zeros(pools.shape[0], dtype=torch.bool, device=pools.device)
 
 
@@ -175,16 +267,11 @@ def _bin_counts(q: Tensor, num_bins: int) -> Tensor:
     return counts.scatter_add_(-1, bins, counts.new_ones(1, 1).expand_as(bins))
 
 
-def _as_pools(x: Tensor, dim: int | tuple[int, ...] | None) -> tuple[Tensor, tuple[int, ...]]:
-    if dim is None:
-        return x.float().reshape(1, -1), ()
-    pooled = [_check_dim(d, x.ndim) for d in (dim if isinstance(dim, tuple) else (dim,))]
-    if not pooled or len(set(pooled)) != len(pooled):
-        raise bad_value("dim", dim, "one or more different dimensions")
+def _as_pools(x: Tensor, pooled: Collection[int]) -> tuple[Tensor, tuple[int, ...]]:
     kept = [d for d in range(x.ndim) if d not in pooled]
     kept_shape = tuple(x.shape[d] for d in kept)
     pool_size = math.prod(x.shape[d] for d in pooled)
-    return x.float().permute(*kept, *pooled).reshape(math.prod(kept_shape), pool_size), kept_shape
+    return x.float().permute((*kept, *pooled)).reshape(math.prod(kept_shape), pool_size), kept_shape
 
 
 def _proxy_values(x: Tensor, num_bins: int) -> Tensor:
@@ -221,6 +308,15 @@ def _check_unit(unit: object) -> float:
     if unit not in UNITS:
         raise bad_value("unit", repr(unit), "'nats' or 'bits'")
     return UNITS[unit]
+
+
+def _check_dims(dim: object, ndim: int) -> tuple[int, ...]:
+    if dim is None:
+        return tuple(range(ndim))
+    pooled = tuple(_check_dim(d, ndim) for d in (dim if isinstance(dim, tuple) else (dim,)))
+    if not pooled or len(set(pooled)) != len(pooled):
+        raise bad_value("dim", dim, "one or more different dimensions")
+    return pooled
 
 
 def _check_dim(dim: object, ndim: int) -> int:

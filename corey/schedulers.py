@@ -2,20 +2,23 @@
 
 A scheduler is called `scheduler(u, layer=None) -> chunk_size` with u (B, D, L), the post-convolution input of the scan.
 `get_scheduler(name, **params)` builds one; `SCHEDULERS` lists the names. Each says what it `reads` and what it costs.
+All answer with an int, except `device-hist` on CUDA: a 0-dim int32 tensor on the device, which the scan takes as it is.
 """
 
 import json
 import math
 import random
+import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from corey._check import bad_type, bad_value
-from corey.entropy import cheap_proxy, histogram_entropy, kurtosis_proxy, variance_proxy
+from corey.entropy import cheap_proxy, entropy_chunk, histogram_entropy, kurtosis_proxy, variance_proxy
 
 PUBLISHED_RANGES = {
     "kernel_legacy": (32, 512, 8.0),  # 8 is log2 256, a ceiling in bits that the kernel benchmarks divide nats by
@@ -58,6 +61,36 @@ class ChunkRule:
         raw = self.c_min + min(entropy_nats / self.h_ref, 1.0) * (self.c_max - self.c_min)
         exponent = math.floor(math.log2(raw)) if self.rounding == "floor" else round(math.log2(raw))
         return min(max(2**exponent, self.c_min), self.c_max)
+
+
+def device_chunk(u: Tensor, rule: ChunkRule, num_bins: int = 256, range: tuple[float, float] | None = None) -> Tensor:
+    """`rule` of the histogram entropy of all of `u`, decided where `u` is: 0-dim int32, equal to what the rule says.
+
+    num_bins, range: as in `histogram_entropy`. On CUDA nothing is read by the host and a NaN gives c_min; on CPU it
+    raises. The map rises with the entropy, so the device compares with the least entropy of each chunk, found here by
+    bisection of the rule itself.
+    """
+    return entropy_chunk(u, num_bins, range, _least_entropies(rule), rule.c_min)
+
+
+@lru_cache
+def _least_entropies(rule: ChunkRule) -> tuple[float, ...]:
+    """For each chunk above c_min the least fp32 entropy in nats that gives it, infinity where none does."""
+    return tuple(_least_entropy(rule, chunk) for chunk in powers_of_two(rule.c_min, rule.c_max)[1:])
+
+
+def _least_entropy(rule: ChunkRule, chunk: int) -> float:
+    def number(bits: int) -> float:  # fp32 numbers from 0 up are ordered as their bits are
+        return struct.unpack("f", struct.pack("I", bits))[0]
+
+    below, reached = 0, 0x7F800000  # zero, infinity
+    while reached - below > 1:
+        middle = (below + reached) // 2
+        if rule(number(middle)) >= chunk:
+            reached = middle
+        else:
+            below = middle
+    return number(reached)
 
 
 def continuous_tile(entropy_nats: float) -> int:
@@ -104,11 +137,11 @@ class Scheduler:
     name: str
     reads: str
     cost: str
-    choose: Callable[[Tensor, int | None], int]
+    choose: Callable[[Tensor, int | None], int | Tensor]
     statistic: Callable[[Tensor], Tensor] | None = None
 
-    def __call__(self, u: Tensor, layer: int | None = None) -> int:
-        """Chunk in tokens for one layer's scan input `u` (B, D, L)."""
+    def __call__(self, u: Tensor, layer: int | None = None) -> int | Tensor:
+        """Chunk in tokens for one layer's scan input `u` (B, D, L); a tensor only where the module's docstring says."""
         if not isinstance(u, Tensor):
             raise bad_type("u", u, "a torch.Tensor")
         if u.ndim != 3:
@@ -189,6 +222,23 @@ def hist(*, num_bins: int = 256, **rule) -> Scheduler:
     return _from_statistic(
         "hist", "all of u", "a pass over u and one host read", lambda u: histogram_entropy(u, num_bins), num_bins, rule
     )
+
+
+def device_hist(*, num_bins: int = 256, range: tuple[float, float] | None = None, **rule) -> Scheduler:
+    """`hist` that never leaves the device: statistic and map run on CUDA and the chunk stays there, a 0-dim tensor.
+
+    range: None for u's own range, two passes; a fixed pair (lo, hi) is one pass. On CPU it is `hist`, an int.
+    """
+    chunk_rule = _rule(num_bins, **rule)
+    passes = "two passes over u" if range is None else "one pass over u"
+
+    def statistic(u: Tensor) -> Tensor:
+        return histogram_entropy(u, num_bins, range)
+
+    def choose(u: Tensor, layer: int | None) -> int | Tensor:
+        return device_chunk(u, chunk_rule, num_bins, range) if u.is_cuda else chunk_rule(float(statistic(u)))
+
+    return Scheduler("device-hist", "all of u", f"{passes} and no host read", choose, statistic)
 
 
 def sampled_hist(*, stride: int = 8, num_bins: int = 256, **rule) -> Scheduler:
@@ -288,6 +338,7 @@ SCHEDULERS: dict[str, Callable[..., Scheduler]] = {
     "no-entropy": no_entropy,
     "random": random_choice,
     "hist": hist,
+    "device-hist": device_hist,
     "sampled-hist": sampled_hist,
     "token-hist": token_hist,
     "cheap-proxy": cheap,

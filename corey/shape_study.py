@@ -1,6 +1,7 @@
 """Which chunk is fastest for which shape: every legal chunk of one call, over sequence length and width."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -8,9 +9,10 @@ import torch
 
 from corey import benchmark
 from corey._check import bad_value
-from corey.chunk_study import scan_form
-from corey.clocks import median_interval, on_device
-from corey.scan import TILE
+from corey.clocks import median_interval
+from corey.cold_calls import cold_calls, input_sets
+from corey.cold_timing import time_calls
+from corey.scan import TILE, selective_scan
 
 TIE = 0.02  # a chunk is as good as the fastest unless it is slower by more than this, beyond doubt
 
@@ -64,8 +66,9 @@ def shape_rows(
         for seqlen in seqlens:
             inputs = layer_inputs(batch, d_inner, seqlen, d_state, seed=seed, dtype=dtype, device=device)
             sizes = [*sorted(size for size in chunk_sizes if size < seqlen), -(-seqlen // TILE) * TILE, None]
-            functions = {str(size): on_device(scan_form("one_launch", inputs, size), device) for size in sizes}
-            timed = benchmark.paired(functions, rounds=rounds, seed=seed, device=device)
+            sets = input_sets(inputs)
+            calls = {str(size): cold_calls(partial(_scan, chunk_size=size), sets) for size in sizes}
+            timed = time_calls(calls, rounds=rounds, seed=seed, device=device)
             shape = {"batch": batch, "d_inner": d_inner, "seqlen": seqlen}
             found += [shape | row for row in chunk_table(timed, sizes)]
     return pd.DataFrame(found).astype({"chunk_size": "Int64"})
@@ -102,3 +105,7 @@ def best_chunks(rows: pd.DataFrame) -> pd.DataFrame:
         row |= {"first_tied": int(tied.min()), "last_tied": int(tied.max()), "spread": float(given.ratio.max())}
         found.append(row | {"rule_ratio": rule.ratio, "rule_low": rule.low, "rule_high": rule.high})
     return pd.DataFrame(found)
+
+
+def _scan(inputs: Mapping, chunk_size: int | None) -> torch.Tensor:
+    return selective_scan(**inputs, chunk_size=chunk_size)

@@ -1,6 +1,6 @@
 // Causal depthwise convolution, optionally with SiLU: y[b,d,t] = act(bias[d] + sum_k w[d,k] x[b,d,t - (WIDTH - 1) + k]).
 //
-// Memory bound, so the kernels are about loads: 16 bytes a thread, several in flight, each input fetched from memory once.
+// Memory bound, so the kernels are about loads: 8 or 16 bytes each, several in flight a thread, each input fetched once.
 //   causal_conv1d_token_major    channels across lanes; a thread owns VECTOR channels and walks tokens, with the last
 //                                WIDTH - 1 inputs in registers
 //   causal_conv1d_channel_major  tokens across lanes; a thread computes 16 bytes' worth of tokens of a row at a time
@@ -9,7 +9,7 @@
 //
 // Macros: T_X (type of x, y and the states), T_W (of weight and bias), WIDTH (2 to 4), SILU (0 or 1), VECTOR (channels that
 // a thread of the token-major kernel owns and moves with one instruction), HISTOGRAM (0, or 1 to count the outputs as
-// histogram.cuh does, 2 if the number of bins is a power of two).
+// histogram.cuh does, 2 if the number of bins is a power of two), COLUMNS (of its shared histogram).
 #include "common.cuh"
 #if HISTOGRAM
 #include "histogram.cuh"
@@ -36,9 +36,9 @@ struct Params {
     int64 segments;  // pieces of a row's tokens, one for a thread (token-major) or for 1 << lanes_log2 (channel-major)
     uint32 blocks;   // of work, for as many thread blocks or fewer
     int lanes_log2;  // threads side by side, over channels (token-major) or over the tokens of a row (channel-major)
-    int walk;        // tokens of a segment (token-major): at most `length` and a multiple of STEP, unless length < STEP
+    int walk;        // tokens of a segment (token-major): a multiple of STEP, and at most `length` unless that is under 8
+    int num_bins;    // 0 where nothing is counted
 #if HISTOGRAM
-    int num_bins, replicas, padding;
     double lo, span;  // of the bins
     Sink sink;
 #endif
@@ -47,12 +47,12 @@ struct Params {
 // Counts the outputs, or does nothing. All threads of a block make one and finish it.
 struct Statistic {
 #if HISTOGRAM
-    SharedHistogram histogram;
+    SharedHistogram<COLUMNS> histogram;
     Bins bins;
     bool saw_nan = false;
 
     __device__ __forceinline__ Statistic(const Params& p, uint32* table)
-        : histogram(table, p.num_bins, p.replicas), bins(float(p.lo), float(p.span), p.num_bins) {
+        : histogram(table, p.num_bins), bins(float(p.lo), float(p.span), p.num_bins) {
         histogram.clear();
         __syncthreads();
     }
@@ -219,7 +219,7 @@ __device__ __forceinline__ void walk(
         piece.load(x);
         advance(x, p.x_stride.token);
     };
-    if (tokens < STEP) {
+    if (tokens % STEP) {  // a row shorter than any walk
 #pragma unroll 1
         for (int i = 0; i < tokens; ++i) {
             Piece<T_X, VECTOR> now;
@@ -252,15 +252,15 @@ causal_conv1d_token_major(const __grid_constant__ Params p) {
         int64 segment = int64(block / columns) * (THREADS >> p.lanes_log2) + walker;  // counted through the batch
         int64 b = segment / p.segments;
         if (b >= p.batch || channel >= p.dim) continue;
-        // The last segment of a row starts earlier if it would end too late: no walk but a whole one, no second loop.
+        // A row's last segment starts earlier where it would end too late, so every walk is whole and needs one loop.
         int64 wanted = (segment - b * p.segments) * p.walk;
         int tokens = int(min(p.length, int64(p.walk)));
         int64 begin = min(wanted, p.length - tokens);
-        walk(p, b, channel, begin, tokens, int(wanted - begin), statistic);
-        if (begin + tokens == p.length) {
+        if (begin + tokens == p.length) {  // before the walk, which needs the registers
 #pragma unroll 1
             for (int i = 0; i < VECTOR; ++i) store_last(p, Row(p, b, channel + i), b * p.dim + channel + i);
         }
+        walk(p, b, channel, begin, tokens, int(wanted - begin), statistic);
         if (!HISTOGRAM) break;
     }
     statistic.finish(p);
@@ -356,7 +356,7 @@ __device__ __forceinline__ void convolve_segment(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
 causal_conv1d_channel_major(const __grid_constant__ Params p) {
     Statistic statistic(p, reinterpret_cast<uint32*>(shared));
 #pragma unroll 1

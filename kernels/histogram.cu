@@ -1,6 +1,6 @@
-// Entropy of the histogram of a tensor's values; the arithmetic is in histogram.cuh, the definition in corey/entropy.py.
+// Entropy of the histogram of a tensor's values. The arithmetic is in histogram.cuh, the definition in corey/entropy.py
 //
-//   histogram_extremes  minimum and maximum of each pool, one pair a block: the first pass where bins span the own range
+//   histogram_extremes  minimum and maximum of each pool, one pair a block: a first pass where bins span the own range
 //   histogram_entropy   the pass that counts; its last block to finish computes entropy and chunk
 //   histogram_pools     both passes over many small pools in one launch, 1 to 32 pools a block
 //
@@ -10,15 +10,15 @@
 // aligned bytes where neighbours in a row are neighbours in memory, else one value; a row's first and last values that
 // fill no 16 bytes are read singly.
 //
-// Macros, from corey/_entropy_cuda.py: T_X (type of the values), UNIT_STRIDE (whether slots are 16 bytes), POWER_OF_TWO
-// (whether num_bins is one), COLUMNS (replicas of a bin in shared memory).
+// Macros, from corey/_entropy_cuda.py: EXTREMES, ENTROPY or POOLS (the one kernel to compile: it takes a third of the
+// time), T_X (type of the values), UNIT_STRIDE (whether slots are 16 bytes), POWER_OF_TWO (whether num_bins is one),
+// COLUMNS (replicas of a bin in shared memory); the last two are not for EXTREMES.
 #include "histogram.cuh"
 
 constexpr int THREADS = 1024, WARPS = THREADS / 32;
 constexpr int MOST_BLOCKS = 256;  // on one pool
 constexpr int DEPTH = 8;          // slots in flight a lane
 constexpr int VECTOR = UNIT_STRIDE ? 16 / int(sizeof(T_X)) : 1;
-constexpr float INF = __builtin_huge_valf();
 
 // The host packs reciprocal = ceil(2^32 / by), or 0 where by is 1.
 struct Divisor {
@@ -44,7 +44,9 @@ struct Params {
     int singles;                              // whether any row has values that fill no slot
 };
 
-// ---- values ----------------------------------------------------------------------------------------------------------
+// ---- values ---------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
 
 __device__ __forceinline__ float min_nan(float a, float b) {  // NaN if either is, unlike fminf
     asm("min.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
@@ -57,7 +59,7 @@ __device__ __forceinline__ float max_nan(float a, float b) {
 
 // The least and the greatest of what was taken in, NaN after a NaN.
 struct Extremes {
-    float lo = INF, hi = -INF;
+    float lo = infinity(), hi = -infinity();
 
     __device__ __forceinline__ void take(float v) { lo = min_nan(lo, v), hi = max_nan(hi, v); }
     __device__ __forceinline__ void take(const Extremes& other) {
@@ -75,7 +77,7 @@ template <typename T>
 struct Packed;
 template <>
 struct Packed<float> {
-    float lo = INF, hi = -INF;
+    float lo = infinity(), hi = -infinity();
     __device__ __forceinline__ void take(uint32 w) {
         lo = min_nan(lo, __uint_as_float(w)), hi = max_nan(hi, __uint_as_float(w));
     }
@@ -90,7 +92,8 @@ struct PackedPair {
         lo = word(__hmin2_nan(pair(lo), pair(w))), hi = word(__hmax2_nan(pair(hi), pair(w)));
     }
     __device__ __forceinline__ Extremes unpack() const {
-        return {min_nan(to_float(pair(lo).x), to_float(pair(lo).y)), max_nan(to_float(pair(hi).x), to_float(pair(hi).y))};
+        PAIR least = pair(lo), greatest = pair(hi);
+        return {min_nan(to_float(least.x), to_float(least.y)), max_nan(to_float(greatest.x), to_float(greatest.y))};
     }
 };
 template <>
@@ -98,7 +101,7 @@ struct Packed<__nv_bfloat16> : PackedPair<__nv_bfloat162, 0x7f807f80u> {};
 template <>
 struct Packed<__half> : PackedPair<__half2, 0x7c007c00u> {};
 
-// ---- slots -----------------------------------------------------------------------------------------------------------
+// ---- slots ----------------------------------------------------------------------------------------------------------
 
 template <int SIZE>
 struct Slot {  // 16 bytes
@@ -148,7 +151,8 @@ struct Tile {
     }
     // Values of the row before the first slot.
     __device__ __forceinline__ static int head(const Params& p, const T_X* row) {
-        return UNIT_STRIDE ? int(min(int64(-(reinterpret_cast<uint64>(row) / sizeof(T_X)) & (VECTOR - 1)), p.inner)) : 0;
+        if (!UNIT_STRIDE) return 0;
+        return int(min(int64(-(reinterpret_cast<uint64>(row) / sizeof(T_X)) & (VECTOR - 1)), p.inner));
     }
     __device__ __forceinline__ void load(const Params& p, const T_X* pool) {
         const T_X* at = row(p, pool);
@@ -160,7 +164,7 @@ struct Tile {
             present = DEPTH;
 #pragma unroll
             for (int k = 0; k < DEPTH; ++k) slots[k].load(at + 32 * k * step);
-        } else if (slots_left > 0) {  // the row's last slot stands in for absent ones, so that no load waits for another
+        } else if (slots_left > 0) {  // the row's last slot stands in for absent ones, so that no load waits
             const int left = int(slots_left) - lane;
             present = (left + 31) >> 5;
 #pragma unroll
@@ -191,7 +195,7 @@ __device__ __forceinline__ const T_X* pool_of_block(const Params& p) {
     return pool_start(p, outer, blockIdx.y - outer * p.pools_inner.by);
 }
 
-// ---- ranges ----------------------------------------------------------------------------------------------------------
+// ---- ranges ---------------------------------------------------------------------------------------------------------
 
 enum Kind { ORDINARY, CONSTANT, INVALID };
 
@@ -211,8 +215,9 @@ struct Range {
     }
 };
 
-// ---- few large pools -------------------------------------------------------------------------------------------------
+// ---- few large pools ------------------------------------------------------------------------------------------------
 
+#ifdef EXTREMES
 extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_extremes(const __grid_constant__ Params p) {
     __shared__ float2 of_warp[WARPS];
     const T_X* pool = pool_of_block(p);
@@ -235,7 +240,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_extremes(cons
     found.across_lanes(1);
     if (lane == 0) p.extremes[blockIdx.y * gridDim.x + blockIdx.x] = make_float2(found.lo, found.hi);
 }
+#endif
 
+#ifdef ENTROPY
 extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_entropy(const __grid_constant__ Params p) {
     extern __shared__ uint4 memory[];
     __shared__ Bins shared_bins;
@@ -293,11 +300,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_entropy(const
     }
     finish(p.sink, histogram, saw_nan || isnan(seen.unpack().hi), blockIdx.y, gridDim.x);
 }
+#endif
 
-// ---- many small pools ------------------------------------------------------------------------------------------------
+// ---- many small pools -----------------------------------------------------------------------------------------------
 
-// Neighbouring lanes take neighbouring pools, `members` of them, so that reading across pools is coalesced where values of
-// a pool lie far apart; a pool's columns of the shared table are those congruent to its number.
+#ifdef POOLS
+// A thread's share of the `size` values of the pool that starts at `pool`, which it has in common with every
+// pools_a_block-th thread.
+template <typename Use>
+__device__ __forceinline__ void for_each_value(const Params& p, const T_X* pool, uint32 size, Use use) {
+    const uint32 inner = uint32(p.inner), step = blockDim.x / p.pools_a_block;
+    for (uint32 first = threadIdx.x / p.pools_a_block; first < size; first += DEPTH * step) {
+        T_X values[DEPTH];
+#pragma unroll
+        for (int k = 0; k < DEPTH; ++k) {
+            uint32 i = first + k * step;
+            if (i >= size) continue;
+            int64 offset = p.rows_inner.by == 1 ? i * p.step : i / inner * p.row_inner + i % inner * p.step;
+            values[k] = __ldg(pool + offset);
+        }
+#pragma unroll
+        for (int k = 0; k < DEPTH; ++k)
+            if (first + k * step < size) use(to_float(values[k]));
+    }
+}
+
+// Neighbouring lanes take neighbouring pools, `members` of them, so that reading across pools is coalesced where values
+// of a pool lie far apart; a pool's columns of the shared table are those congruent to its number.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_pools(const __grid_constant__ Params p) {
     extern __shared__ uint4 memory[];
     __shared__ double partial[WARPS][32];
@@ -307,23 +336,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_pools(const _
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const bool live = index < p.pools;
     const T_X* pool = live ? pool_start(p, index / p.pools_inner.by, index % p.pools_inner.by) : p.x;
-    const uint32 inner = uint32(p.inner), size = live ? p.rows_inner.by * inner : 0, step = blockDim.x / members;
-
-    auto for_each_value = [&](auto use) {
-        for (uint32 first = threadIdx.x / members; first < size; first += DEPTH * step) {
-            T_X values[DEPTH];
-#pragma unroll
-            for (int k = 0; k < DEPTH; ++k) {
-                uint32 i = first + k * step;
-                if (i >= size) continue;
-                int64 offset = p.rows_inner.by == 1 ? i * p.step : i / inner * p.row_inner + i % inner * p.step;
-                values[k] = __ldg(pool + offset);
-            }
-#pragma unroll
-            for (int k = 0; k < DEPTH; ++k)
-                if (first + k * step < size) use(to_float(values[k]));
-        }
-    };
+    const uint32 size = live ? p.rows_inner.by * uint32(p.inner) : 0;
 
     SharedHistogram<COLUMNS> histogram(reinterpret_cast<uint32*>(memory), p.num_bins);
     histogram.clear();
@@ -331,7 +344,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_pools(const _
     Range range = Range::fixed(p);
     if (p.own_range) {
         Extremes found;
-        for_each_value([&](float v) { found.take(v); });
+        for_each_value(p, pool, size, [&](float v) { found.take(v); });
         found.across_lanes(members);
         of_warp[warp][lane] = make_float2(found.lo, found.hi);
         __syncthreads();
@@ -342,7 +355,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_pools(const _
     if (range.kind == ORDINARY) {
         const Bins bins(range.lo, range.span, p.num_bins);
         bool saw_nan = false;
-        for_each_value([&](float v) {
+        for_each_value(p, pool, size, [&](float v) {
             saw_nan |= isnan(v);
             histogram.add(bins.locate<POWER_OF_TWO>(v));
         });
@@ -365,3 +378,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_pools(const _
     if (p.sink.chunk) write_chunk(p.sink, entropy);
     if (p.sink.entropy && live && lane < members) p.sink.entropy[index] = entropy;
 }
+#endif

@@ -2,7 +2,7 @@
 //
 //     SharedHistogram<32> histogram(table, num_bins);        // all threads; table_words(num_bins), aligned to 16 bytes
 //     histogram.clear();  __syncthreads();
-//     Bins bins(lo, width, num_bins);                        // about 60 instructions: once a thread, or once a block
+//     Bins bins(lo, span, num_bins);                         // about 60 instructions: once a thread, or once a block
 //     histogram.add(bins.locate<false>(value));              // any thread, any number of times
 //     finish(sink, histogram, saw_nan, pool, blocks);        // all threads: adds to the counts of the whole grid
 //
@@ -14,13 +14,13 @@
 constexpr double SPAN_EPS = 1e-8, SHARE_EPS = 1e-10;  // as published; see corey/entropy.py
 constexpr uint32 BIN_ZERO = 0x4b000000u;              // 2^23 as a float: adding it leaves an integer in the low bits
 
-// Bins over [lo, lo + width]. `locate` gives BIN_ZERO + floor(((v - lo) / width) * num_bins), clamped to 0 and num_bins,
+// Bins over [lo, lo + span]. `locate` gives BIN_ZERO + floor(((v - lo) / span) * num_bins), clamped to 0 and num_bins,
 // with the bits of fp32 subtraction, IEEE division and multiplication in this order. NaN falls into bin 0.
 //
-// A division takes 4 instructions here. All is scaled by a power of two that brings width into [1/2, 1), so that the
-// first .SAT both clamps and keeps infinities out, and nothing that decides a bin can over- or underflow. With
-// 1 / width = inverse + inverse_low the first quotient is within one ulp, hence its remainder is exact and one correction
-// by the correctly rounded inverse rounds correctly (Markstein 1990).
+// A division takes 4 instructions here. All is scaled by a power of two that brings the span into [1/2, 1), so that the
+// first .SAT, which costs nothing, both clamps and keeps infinities out, and nothing that decides a bin can over- or
+// underflow. With 1 / width = inverse + inverse_low the first quotient is within one ulp, hence its remainder is exact
+// and one correction by the correctly rounded inverse rounds correctly (Markstein 1990).
 struct Bins {
     float scale, shift, width, inverse, inverse_low, count;
 
@@ -39,19 +39,19 @@ struct Bins {
         count = float(num_bins);
     }
 
-    // BINARY: num_bins is a power of two, so that the multiplication is exact and joins the rounding down to an integer.
+    // BINARY: num_bins is a power of two, so that the multiplication is exact and joins the rounding to an integer.
     template <bool BINARY>
     __device__ __forceinline__ uint32 locate(float v) const {
         float d = __saturatef(__fmaf_rn(v, scale, shift));  // exact scaling, so rounded like v - lo
-        float q = __fmaf_rn(d, inverse, __fmul_rn(d, inverse_low));
+        float q = __saturatef(__fmaf_rn(d, inverse, __fmul_rn(d, inverse_low)));
         q = __saturatef(__fmaf_rn(__fmaf_rn(-q, width, d), inverse, q));
         if (BINARY) return __float_as_uint(__fmaf_rd(q, count, __uint_as_float(BIN_ZERO)));
         return __float_as_uint(__fadd_rd(__fmul_rn(q, count), __uint_as_float(BIN_ZERO)));
     }
 };
 
-// num_bins + 1 rows of REPLICAS counters, a power of two up to 32. Lane l counts in column l % REPLICAS, so at 32 no two
-// lanes of a warp ever meet in a bank. The last row, for values at or above the upper end, belongs to the last bin.
+// num_bins + 1 rows of REPLICAS counters, a power of two up to 32. Lane l counts in column l % REPLICAS, so at 32 no
+// two lanes of a warp ever meet in a bank. The last row, for values at or above the upper end, belongs to the last bin.
 template <int REPLICAS>
 struct SharedHistogram {
     uint32* table;
@@ -81,7 +81,8 @@ struct SharedHistogram {
         uint32 total = 0;
         for (int row = bin; row <= (bin == num_bins - 1 ? num_bins : bin); ++row)
 #pragma unroll 8
-            for (int i = 0; i < columns; ++i) total += table[row * REPLICAS + first + ((i + bin) & (columns - 1)) * step];
+            for (int i = 0; i < columns; ++i)
+                total += table[row * REPLICAS + first + ((i + bin) & (columns - 1)) * step];
         return total;
     }
 };
@@ -105,7 +106,9 @@ __device__ __forceinline__ double entropy_term(uint64 count, double inverse_size
 }
 
 // One full bin leaves -1e-10 behind through the epsilons; an entropy is not negative.
-__device__ __forceinline__ float in_unit(double nats, double inverse_unit) { return float(fmax(nats * inverse_unit, 0.0)); }
+__device__ __forceinline__ float in_unit(double nats, double inverse_unit) {
+    return float(fmax(nats * inverse_unit, 0.0));
+}
 
 // By a whole warp. A NaN takes the least chunk: there is nobody on the device to raise an error to.
 __device__ __forceinline__ void write_chunk(const Sink& sink, float entropy) {
@@ -119,10 +122,12 @@ __device__ __forceinline__ void write_outcome(const Sink& sink, int64 pool, floa
     if (sink.chunk) write_chunk(sink, entropy);
 }
 
-// Adds the block's counts to the grid's, and in the last of the pool's `blocks` blocks computes what they mean and zeroes
-// them for the next launch. All threads of the block call it, after their last `add`; blockDim.x is a multiple of 32.
+// Adds the block's counts to the grid's, and in the last of the pool's `blocks` blocks computes what they mean and
+// zeroes them for the next launch. All threads of the block call it, after their last `add`; blockDim.x is a multiple
+// of 32.
 template <int REPLICAS>
-__device__ void finish(const Sink& sink, const SharedHistogram<REPLICAS>& histogram, bool saw_nan, int64 pool, uint32 blocks) {
+__device__ void finish(
+    const Sink& sink, const SharedHistogram<REPLICAS>& histogram, bool saw_nan, int64 pool, uint32 blocks) {
     __shared__ double partial[32];
     __shared__ bool last;
     const int num_bins = histogram.num_bins, lane = threadIdx.x & 31;

@@ -1,632 +1,451 @@
-// Selective scan forward (Mamba's S6): y_t = <C_t, h_t> + D u_t, h_t = exp(step_t A) h_{t-1} + step_t u_t B_t, gated by silu(z).
+// Selective scan forward (Mamba's S6): h_t = exp(step_t A) h_{t-1} + step_t u_t B_t,  y_t = (<C_t, h_t> + D u_t) silu(z_t).
 //
-// Time runs across the lanes. A warp owns 8 channels and one tile of 128 tokens; 8 lanes share two channels and each walks
-// 16 tokens of both, one state after another:
+// States run across the lanes. LANES lanes share a channel, each holds STATES of its states in registers and walks the
+// tokens in order; all channels of a warp read the same B_t and C_t. The block first turns T tokens of
+// its inputs into fp32 in shared memory (elementwise, by all threads), then walks them, then gates and stores y.
 //
-//      lane 0    lane 1   lane 2        lane 7
-//      |t 0..15 |t 16..31|t 32..47| ... |t 112..127|     walk from zero; decays a[16] and inputs x[16] stay in registers
-//      (P, h)    (P, h)   (P, h)        (P, h)           scan of (decay product, local state) over the lanes, 3 shuffles
-//   H ------------------------------------------> H'     carry of the tile: H' = P H + h, always one fused multiply-add
-//      walk again from the true state, y += C h          so every exp is computed once
-//
-// The second walk of one state is fused with the first walk of the next: two independent chains, in the same registers.
-//
-// The carry enters only through H, so a tile does the same arithmetic whoever hands it H: the same warp, another warp
-// of the block (shared memory), or another block (global memory, L2). That is why the chunk size never changes a bit.
-// A carry travels as one 8-byte word {state, tag}; the tag says whose carry it is, so no fence or barrier is needed.
-//
-// A block of 4 warps works on `width` tiles of a chunk at a time (1, 2 or 4) and 32 / width channels, and walks the
-// chunk in rounds. Blocks take (chunk, batch row, channel block) items in order of chunk, from a ticket counter when
-// chunks depend on one another: the earliest unfinished item is then always held by a running block, so waiting for a
-// carry cannot deadlock.
+// The tile of 128 tokens is the unit of arithmetic. Over a tile a lane computes the local state s, from zero, and the sum
+// of the steps; the carry is H' = exp(A sum) H + s, one fused multiply-add, and h starts each tile from H. A chunk is a
+// whole number of tiles that one block walks. With one chunk a sequence, `scan_both` does it all in one pass. With more,
+// chunks run in parallel: `scan_states` finds s and the sum of every tile, `scan_carry` links the tiles, and
+// `scan_outputs` walks again from the true states. Every tile does the same arithmetic in both, so the chunk size, and
+// whether a sequence is split at all, never changes a bit. It changes the time: splitting computes every exp twice.
 #include "common.cuh"
 
-constexpr int TILE = 128, LANES = 8, STEPS = TILE / LANES;            // lanes a channel, tokens a lane
-constexpr int PAIR = 2;                                               // neighbouring channels a lane, for overlap
-constexpr int WARPS = 4, THREADS = WARPS * 32, COLUMNS = WARPS * 8;   // a column is one channel of one tile
-constexpr int GROUPS = N > 16 ? (N + 7) / 8 : 2, GROUP = (N + GROUPS - 1) / GROUPS;  // states are staged a group at a time
-constexpr int HALF = THREADS / 2;                                     // half of the block stages B, half C
-enum { TOKENS, CHANNELS, STRIDED, CONSTANT };  // what is contiguous and 16-byte aligned; CONSTANT: B or C is (D, N)
+constexpr int TILE = 128;
+constexpr int WARPS = 4, THREADS = WARPS * 32;
+constexpr int LANES = N <= 4 ? 1 : N <= 8 ? 2 : N <= 16 ? 4 : 8;             // lanes a channel
+constexpr int STATES = (N + LANES - 1) / LANES < 4 ? 4 : ((N + LANES - 1) / LANES + 3) / 4 * 4;  // states a lane, padded
+constexpr int ROW = LANES * STATES;                                           // states of a channel, padded
+constexpr int ABREAST = 32 / LANES, CHANNELS = WARPS * ABREAST;               // channels side by side in a warp; a block
+constexpr int EACH = 8, T = EACH * THREADS / CHANNELS;                        // elements a thread, tokens at a time
+constexpr int SW = T + 2, SY = T + 4;                                         // padded rows: lanes hit different banks
 
-struct Strides { int64 batch, channel, token; };           // of u, delta, z, y, in elements
-struct Projection { int64 batch, group, state, token; };   // of B, C; where constant, `token` is the stride of the channel
+constexpr int BLOCKS = N > 64 ? 1 : N > 16 ? 2 : sizeof(T_U) > 2 ? 3 : 4;     // a multiprocessor: what registers allow
+
+// How the elements of a (CHANNELS, T) piece of u, delta, z and y lie in the block's threads: 8 neighbouring tokens or
+// channels a thread, or neighbouring threads on neighbouring tokens or channels.
+enum { TOKENS_A_THREAD, CHANNELS_A_THREAD, THREADS_ON_TOKENS, THREADS_ON_CHANNELS };
+enum { VECTORS_OF_TOKENS, VECTORS_OF_STATES, STRIDED, CONSTANT };             // B and C; CONSTANT: (D, N)
+
+struct Strides { int64 batch, channel, token; };          // of u, delta, z, y, in elements
+struct Projection { int64 batch, group, state, token; };  // of B, C; where constant, `token` is the stride of the channel
 
 struct Params {
   const T_U* u; const T_DELTA* delta; const T_Z* z; T_U* y; const T_B* B; const T_C* C;
-  const float *A, *D, *bias, *initial; float* last; const int* device_chunk; void* scratch;
+  const float *A, *D, *bias, *initial; float* last;
+  float* tiles;                // (tile, batch, channel, N): s of each tile, then the state before it
+  float* sums;                 // (tile, batch, channel)
+  const int* device_chunk;
   Strides su, sdelta, sz, sy; Projection sB, sC;
   int64 A_channel, A_state, D_channel, bias_channel, initial_batch, initial_channel, initial_state;
-  int batch, channels, length, groups, chunk, log_width;
+  int batch, channels, length, groups, chunk;
 };
 
-struct Scratch { unsigned ticket, done, epoch, unused; };  // then uint64 carry[2][N][batch * channels]
+struct Place { int b, g, channel, channels, first, end; bool any; };  // first channel, how many; tokens
 
-// ---- small pieces ----------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ uint64 load_carry(const uint64* p) {
-  uint64 v;
-  asm volatile("ld.relaxed.gpu.b64 %0, [%1];" : "=l"(v) : "l"(p));
-  return v;
-}
-__device__ __forceinline__ void store_carry(uint64* p, float state, unsigned tag) {
-  asm volatile("st.relaxed.gpu.b64 [%0], %1;" :: "l"(p), "l"((uint64)tag << 32 | __float_as_uint(state)));
-}
-__device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {  // 16 bytes, zeros after `bytes`
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::
-               "r"((unsigned)__cvta_generic_to_shared(to)), "l"(from), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-__device__ __forceinline__ int clamp(int x, int high) { return min(max(x, 0), high); }
-
-// One step of the scan over the lanes of a channel, which are 4 apart; lanes with nobody to their left stay as they are.
-template <int OFF> __device__ __forceinline__ void combine(float& P, float& h) {
-  asm("{ .reg .pred left; .reg .f32 hb, Pb;\n"
-      "shfl.sync.up.b32 hb|left, %1, %2, 0, -1;\n"
-      "shfl.sync.up.b32 Pb, %0, %2, 0, -1;\n"
-      "@left fma.rn.f32 %1, %0, hb, %1;\n"
-      "@left mul.rn.f32 %0, %0, Pb; }" : "+f"(P), "+f"(h) : "n"(4 * OFF));
-}
-
-// ---- which piece of work ---------------------------------------------------------------------------------------------
-
-struct Split {  // the same for every block
-  int chunk, chunks, log_width, blocks;  // tokens, chunks a sequence, log2 tiles side by side, blocks a group
-  unsigned items;
-  __device__ int width() const { return 1 << log_width; }
-  __device__ int span() const { return COLUMNS >> log_width; }  // channels a block
-};
-
-struct Place {  // one item: a chunk of some channels of one batch row; pointers are at its first token and channel
-  unsigned item;
-  int chunk, b, channel, channels, t0, t_end;
-  const T_U* u; const T_DELTA* delta; const T_Z* z; T_U* y; const T_B* B; const T_C* C;
-};
-
-__device__ Split split(const Params& p) {
-  Split s;
-  const int tiles = (p.length + TILE - 1) / TILE;
+__device__ __forceinline__ Place locate(const Params& p) {
+  Place w;
+  const int tiles = (p.length - 1) / TILE + 1;
   const int asked = p.device_chunk ? *p.device_chunk : p.chunk;
-  const int per_chunk = min(max((asked - 1) / TILE + 1, 1), tiles);
-  s.chunk = per_chunk * TILE;
-  s.chunks = (tiles - 1) / per_chunk + 1;
-  s.log_width = min(p.log_width, per_chunk >= 4 ? 2 : per_chunk >= 2 ? 1 : 0);
-  s.blocks = (p.channels / p.groups - 1) / s.span() + 1;
-  s.items = (unsigned)s.chunks * p.batch * p.groups * s.blocks;
-  return s;
+  const int chunk = min(max((asked - 1) / TILE + 1, 1), tiles) * TILE;
+  const int per_group = p.channels / p.groups, blocks = (per_group - 1) / CHANNELS + 1;
+  unsigned i = blockIdx.x;
+  const int block = i % blocks;
+  i /= blocks;
+  w.g = i % p.groups;
+  i /= p.groups;
+  w.b = i % p.batch;
+  i /= p.batch;
+  w.channel = w.g * per_group + block * CHANNELS;
+  w.channels = min(CHANNELS, per_group - block * CHANNELS);
+  w.any = (int64)i * chunk < p.length;
+  w.first = i * chunk;
+  w.end = min(w.first + chunk, p.length);
+  return w;
 }
 
-template <class T> __device__ __forceinline__ T* at(T* x, const Strides& st, const Place& w) {
-  return x + w.b * st.batch + w.channel * st.channel + w.t0 * st.token;
+// ---- elements of u, delta, z, y --------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void element(int e, int& c, int& t) {
+  const int i = threadIdx.x;
+  if (MAP == TOKENS_A_THREAD) { c = i / (T / EACH); t = i % (T / EACH) * EACH + e; }
+  else if (MAP == CHANNELS_A_THREAD) { t = i / (CHANNELS / EACH); c = i % (CHANNELS / EACH) * EACH + e; }
+  else if (MAP == THREADS_ON_TOKENS) { t = (e * THREADS + i) % T; c = (e * THREADS + i) / T; }
+  else { c = (e * THREADS + i) % CHANNELS; t = (e * THREADS + i) / CHANNELS; }
 }
 
-__device__ void locate(Place& w, const Params& p, const Split& s, unsigned item) {
-  w.item = item;
-  if (item >= s.items) return;
-  const int per_group = p.channels / p.groups;
-  const int block = item % s.blocks;
-  item /= s.blocks;
-  const int g = item % p.groups;
-  item /= p.groups;
-  w.b = item % p.batch;
-  w.chunk = item / p.batch;
-  w.channel = g * per_group + block * s.span();
-  w.channels = min(s.span(), per_group - block * s.span());
-  w.t0 = w.chunk * s.chunk;
-  w.t_end = min(w.t0 + s.chunk, p.length);
-  w.u = at(p.u, p.su, w);
-  w.delta = at(p.delta, p.sdelta, w);
-  w.z = at(p.z, p.sz, w);
-  w.y = at(p.y, p.sy, w);
-  w.B = p.B + w.b * p.sB.batch + g * p.sB.group + (LAYOUT_B == CONSTANT ? w.channel : w.t0) * p.sB.token;
-  w.C = p.C + w.b * p.sC.batch + g * p.sC.group + (LAYOUT_C == CONSTANT ? w.channel : w.t0) * p.sC.token;
-}
+template <class X> struct alignas(16) Elements { X x[EACH]; };
 
-// ---- tiles of u, delta, z and y --------------------------------------------------------------------------------------
-// In shared memory as [column][token] where tokens are contiguous, else as [tile][token][channel]; 16 bytes apart after
-// every row or every 16 tokens, so that lanes hit different banks.
-
-struct Round { int first, tokens, channels, log_span; };  // of the item: first token, how many follow; real channels
-
-template <class T, int LAYOUT> struct Tile {
-  static constexpr int VECTOR = 16 / sizeof(T), ROW = TILE + VECTOR, BYTES = COLUMNS * ROW * sizeof(T);
-  static constexpr int EACH = COLUMNS * TILE / VECTOR / THREADS;  // vectors a thread copies
-
-  static __device__ __forceinline__ int cell(int log_span, int token) {
-    return (token << log_span) + token / STEPS * VECTOR;
+// This thread's elements of one tensor, T tokens after T tokens. Vectors are contiguous, which spares registers.
+template <class X, bool VECTOR> struct Walker {
+  X* at;  // element 0
+  __device__ __forceinline__ Walker(X* x, const Strides& st, const Place& w) {
+    int c, t;
+    element(0, c, t);
+    at = x + w.b * st.batch + (w.channel + c) * st.channel + (w.first + t) * st.token;
   }
-  // The k-th vector of this thread: token and channel within the round, and its place in shared memory.
-  static __device__ __forceinline__ void vector(int k, int log_span, int& token, int& c, int& place) {
-    const unsigned i = k * THREADS + threadIdx.x;
-    if (LAYOUT == TOKENS) {
-      const unsigned column = i / (TILE / VECTOR), v = i % (TILE / VECTOR) * VECTOR;
-      c = column & ((1 << log_span) - 1);
-      token = (column >> log_span) * TILE + v;
-      place = column * ROW + v;
-    } else {
-      c = i * VECTOR & ((1 << log_span) - 1);
-      token = i * VECTOR >> log_span;
-      place = cell(log_span, token) + c;
-    }
-  }
-  // The k-th element of this thread where nothing is contiguous: neighbours in memory go to neighbouring threads.
-  static __device__ __forceinline__ void element(int i, const Strides& st, int log_span, int& token, int& c) {
-    const int tokens = TILE * COLUMNS >> log_span;
-    const bool by_channel = st.channel < st.token;
-    c = by_channel ? i & ((1 << log_span) - 1) : i / tokens;
-    token = by_channel ? i >> log_span : i % tokens;
-  }
-  // From the round's first token and the block's first channel. Where something is contiguous this fits 31 bits: the
-  // host has checked it.
-  static __device__ __forceinline__ auto offset(const Strides& st, int token, int c) {
-    if constexpr (LAYOUT == TOKENS) return c * (int)st.channel + token;
-    else if constexpr (LAYOUT == CHANNELS) return token * (int)st.token + c;
-    else return c * st.channel + token * st.token;
-  }
-  static __device__ __forceinline__ int valid(const Round& r, int token, int c) {  // elements of a vector that exist
-    if (LAYOUT == TOKENS) return c < r.channels ? clamp(r.tokens - token, VECTOR) : 0;
-    return token < r.tokens ? clamp(r.channels - c, VECTOR) : 0;
-  }
-  static __device__ __forceinline__ bool whole(const Round& r) {
-    return r.channels == 1 << r.log_span && r.tokens >= TILE * COLUMNS >> r.log_span;
-  }
-
-  static __device__ __forceinline__ void fetch(T* shared, const T* item, const Strides& st, const Round& r) {
-    const T* x = item + r.first * st.token;
-    int token, c, place;
-    if constexpr (LAYOUT == STRIDED) {
-      for (int i = threadIdx.x; i < COLUMNS * TILE; i += THREADS) {
-        element(i, st, r.log_span, token, c);
-        shared[cell(r.log_span, token) + c] = token < r.tokens && c < r.channels ? x[offset(st, token, c)] : from_float<T>(0.f);
-      }
-    } else if (whole(r)) {
-#pragma unroll
-      for (int k = 0; k < EACH; ++k) {
-        vector(k, r.log_span, token, c, place);
-        copy_async(shared + place, x + offset(st, token, c), 16);
-      }
-    } else {
-#pragma unroll 1
-      for (int k = 0; k < EACH; ++k) {
-        vector(k, r.log_span, token, c, place);
-        const int n = valid(r, token, c);
-        copy_async(shared + place, n ? x + offset(st, token, c) : x, n * (int)sizeof(T));
-      }
-    }
-  }
-
-  // The 16 tokens of two neighbouring columns that belong to one lane.
-  static __device__ __forceinline__ void read(float (&to)[PAIR][STEPS], const T* shared, int log_span, int column, int sub) {
-    if constexpr (LAYOUT == TOKENS) {
-#pragma unroll
-      for (int r = 0; r < PAIR; ++r)
-#pragma unroll
-        for (int v = 0; v < STEPS; v += VECTOR) {
-          float f[VECTOR];
-          Vec16<T>::load_shared(shared + (column + r) * ROW + sub * STEPS + v).unpack(f);
-#pragma unroll
-          for (int i = 0; i < VECTOR; ++i) to[r][v + i] = f[i];
-        }
-    } else {
-      const T* from = shared + cell(log_span, (column >> log_span) * TILE + sub * STEPS) + (column & ((1 << log_span) - 1));
-#pragma unroll
-      for (int i = 0; i < STEPS; ++i) {
-        struct alignas(2 * sizeof(T)) Both { T x[PAIR]; };
-        const Both both = *(const Both*)(from + (i << log_span));
-        to[0][i] = to_float(both.x[0]);
-        to[1][i] = to_float(both.x[1]);
-      }
-    }
-  }
-
-  static __device__ __forceinline__ void write(T* item, T* shared, const float (&out)[PAIR][STEPS], const Strides& st, const Round& r, int column, int sub) {
-    T* y = item + r.first * st.token;
-    if constexpr (LAYOUT == TOKENS) {
-#pragma unroll
-      for (int k = 0; k < PAIR; ++k)
-#pragma unroll
-        for (int v = 0; v < STEPS; v += VECTOR) {
-          float f[VECTOR];
-#pragma unroll
-          for (int i = 0; i < VECTOR; ++i) f[i] = out[k][v + i];
-          Vec16<T>::pack(f).store(shared + (column + k) * ROW + sub * STEPS + v);
-        }
-    } else {
-      T* to = shared + cell(r.log_span, (column >> r.log_span) * TILE + sub * STEPS) + (column & ((1 << r.log_span) - 1));
-#pragma unroll
-      for (int i = 0; i < STEPS; ++i) {
-        struct alignas(2 * sizeof(T)) Both { T x[PAIR]; };
-        *(Both*)(to + (i << r.log_span)) = Both{from_float<T>(out[0][i]), from_float<T>(out[1][i])};
-      }
-    }
-    __syncthreads();
-    int token, c, place;
-    if constexpr (LAYOUT == STRIDED) {
-      for (int i = threadIdx.x; i < COLUMNS * TILE; i += THREADS) {
-        element(i, st, r.log_span, token, c);
-        if (token < r.tokens && c < r.channels) y[offset(st, token, c)] = shared[cell(r.log_span, token) + c];
-      }
-    } else if (whole(r)) {
-#pragma unroll
-      for (int k = 0; k < EACH; ++k) {
-        vector(k, r.log_span, token, c, place);
-        *(uint4*)(y + offset(st, token, c)) = *(const uint4*)(shared + place);
-      }
-    } else {
-#pragma unroll 1
-      for (int k = 0; k < EACH; ++k) {
-        vector(k, r.log_span, token, c, place);
-        const int n = valid(r, token, c);
-        T* to = y + offset(st, token, c);
-        if (n == VECTOR) *(uint4*)to = *(const uint4*)(shared + place);
-        else for (int e = 0; e < n; ++e) to[e] = shared[place + e];
-      }
-    }
+  __device__ __forceinline__ void advance(const Strides& st) { at += T * st.token; }
+  __device__ __forceinline__ X* element_at(int e, const Strides& st) const {
+    if (VECTOR) return at + e;
+    int c0, t0, c, t;
+    element(0, c0, t0);
+    element(e, c, t);
+    return at + (c - c0) * st.channel + (t - t0) * st.token;
   }
 };
 
-// ---- a group of states of B or C -------------------------------------------------------------------------------------
-// Raw: [tile][state][token] where tokens are contiguous, [tile][token][8 states] where states are. Staged as fp32, once
-// for all channels of the block, in the order in which lanes read: [tile][state][B, C][quad of tokens][lane][4 tokens].
-// The 4 channels of a warp read the same 128 bytes at a time. `id` counts the threads that stage this projection.
+__device__ __forceinline__ bool whole(int t0, const Place& w) {  // are all elements of this thread there
+  int c, t;
+  element(0, c, t);
+  if (MAP == TOKENS_A_THREAD) return c < w.channels && t0 + t + EACH <= w.end;
+  return t0 + t < w.end && c + EACH <= w.channels;
+}
+__device__ __forceinline__ bool there(int e, int t0, const Place& w) {
+  int c, t;
+  element(e, c, t);
+  return c < w.channels && t0 + t < w.end;
+}
 
-constexpr int STATE = 2 * TILE;  // floats of one state of one tile: B, then C
-
-template <class T, int LAYOUT> struct Staging {
-  static constexpr int VECTOR = 16 / sizeof(T), RAW_TILE = TILE * 8;
-  static constexpr int RAW_BYTES = LAYOUT < STRIDED ? RAW_TILE * sizeof(T) : 0;
-  static constexpr bool BY_TOKEN = LAYOUT == TOKENS;
-
-  static __device__ __forceinline__ void fetch(T* raw, const T* item, const Projection& st, const Round& r, int width, int group, unsigned id) {
-    if constexpr (LAYOUT < STRIDED) {
-      constexpr int ACROSS = (BY_TOKEN ? TILE : 8) / VECTOR, DOWN = BY_TOKEN ? GROUP : TILE;
-      const T* x = item + r.first * st.token + group * GROUP * st.state;
-      const int further = BY_TOKEN ? TILE : TILE * (int)st.token;
-      const bool whole = r.tokens >= width * TILE && (group + 1) * GROUP <= N && (BY_TOKEN || GROUP == 8);
+template <class X, bool VECTOR> __device__ __forceinline__ void load(Elements<X>& to, Walker<const X, VECTOR>& x, const Strides& st, int t0, bool all, const Place& w) {
+  if (VECTOR && all) {
 #pragma unroll
-      for (int k = 0; k < (DOWN * ACROSS + HALF - 1) / HALF; ++k) {
-        const unsigned i = k * HALF + id;
-        const int v = i % ACROSS * VECTOR, row = i / ACROSS;
-        if (DOWN * ACROSS % HALF && row >= DOWN) break;
-        const T* from = x + (BY_TOKEN ? row * (int)st.state + v : row * (int)st.token + v);
-        T* to = raw + row * (BY_TOKEN ? TILE : 8) + v;
-        if (whole) {
-#pragma unroll 1
-          for (int left = width; left; --left, from += further, to += RAW_TILE) copy_async(to, from, 16);
-        } else {
-          const int n = group * GROUP + (BY_TOKEN ? row : v), token = BY_TOKEN ? v : row;
-#pragma unroll 1
-          for (int tile = 0; tile < width; ++tile, from += further, to += RAW_TILE) {
-            const int left = r.tokens - tile * TILE - token;
-            const int valid = BY_TOKEN ? (n < N ? clamp(left, VECTOR) : 0) : (left > 0 ? clamp(N - n, VECTOR) : 0);
-            copy_async(to, valid ? from : item, valid * (int)sizeof(T));
-          }
-        }
-      }
+    for (int v = 0; v < (int)(EACH * sizeof(X) / 16); ++v) ((uint4*)to.x)[v] = __ldg((const uint4*)x.at + v);
+  } else {
+#pragma unroll
+    for (int e = 0; e < EACH; ++e) to.x[e] = there(e, t0, w) ? *x.element_at(e, st) : from_float<X>(0.f);
+  }
+  x.advance(st);
+}
+
+__device__ __forceinline__ void store(Walker<T_U, VECTOR_Y>& y, const float (&out)[EACH], const Strides& st, int t0, const Place& w) {
+  Elements<T_U> packed;
+#pragma unroll
+  for (int v = 0; v < EACH; v += Vec16<T_U>::SIZE) {
+    float f[Vec16<T_U>::SIZE];
+#pragma unroll
+    for (int i = 0; i < Vec16<T_U>::SIZE; ++i) f[i] = out[v + i];
+    Vec16<T_U>::pack(f).store(packed.x + v);
+  }
+  if (VECTOR_Y && whole(t0, w)) {
+#pragma unroll
+    for (int v = 0; v < (int)(EACH * sizeof(T_U) / 16); ++v) ((uint4*)y.at)[v] = ((const uint4*)packed.x)[v];
+  } else {
+#pragma unroll
+    for (int e = 0; e < EACH; ++e) if (there(e, t0, w)) *y.element_at(e, st) = packed.x[e];
+  }
+  y.advance(st);
+}
+
+// ---- B and C ---------------------------------------------------------------------------------------------------------
+// In shared memory as fp32 [token][state]: a lane reads 4 of its states of one token at a time. Within a row the groups of
+// 4 states are permuted by the token, so that threads that write one state of many tokens hit different banks.
+__device__ __forceinline__ int cell(int t, int n) { return t * ROW + (n ^ (t / 8 * 4 & (ROW - 1))); }
+
+template <class X, int LAYOUT> struct Projected {
+  static constexpr bool FAST = LAYOUT < STRIDED;
+  static constexpr int PIECES = LAYOUT == VECTORS_OF_TOKENS ? N * (T / 8) : T * (N / 8);  // of 8 elements
+  static constexpr int SHARE = THREADS / 2, EACH_THREAD = FAST ? (PIECES + SHARE - 1) / SHARE : 1;
+  static constexpr bool AHEAD = FAST && EACH_THREAD <= 2;  // loaded a round ahead, into registers
+  Elements<X> piece[AHEAD ? EACH_THREAD : 1];
+
+  static __device__ __forceinline__ void start(int i, int& n, int& t) {
+    if (LAYOUT == VECTORS_OF_TOKENS) { n = i / (T / 8); t = i % (T / 8) * 8; }
+    else { t = i / (N / 8); n = i % (N / 8) * 8; }
+  }
+  static __device__ __forceinline__ void load_piece(Elements<X>& to, const X* x, const Projection& st, int i, int t0, int end) {
+    int n, t;
+    start(i, n, t);
+    const X* from = x + n * st.state + (t0 + t) * st.token;
+    if (LAYOUT == VECTORS_OF_TOKENS ? t0 + t + 8 <= end : t0 + t < end) {
+#pragma unroll
+      for (int v = 0; v < (int)(8 * sizeof(X) / 16); ++v) ((uint4*)to.x)[v] = __ldg((const uint4*)from + v);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) to.x[e] = LAYOUT == VECTORS_OF_TOKENS && t0 + t + e < end ? from[e] : from_float<X>(0.f);
+    }
+  }
+  static __device__ __forceinline__ void put_piece(float* s, const Elements<X>& from, int i) {
+    int n, t;
+    start(i, n, t);
+    float f[8];
+#pragma unroll
+    for (int v = 0; v < 8; v += Vec16<X>::SIZE) {
+      float part[Vec16<X>::SIZE];
+      Vec16<X>::load_shared(from.x + v).unpack(part);
+#pragma unroll
+      for (int k = 0; k < Vec16<X>::SIZE; ++k) f[v + k] = part[k];
+    }
+    if (LAYOUT == VECTORS_OF_TOKENS) {
+      float* to = s + cell(t, n);  // all 8 tokens are permuted alike
+#pragma unroll
+      for (int e = 0; e < 8; ++e) to[e * ROW] = f[e];
+    } else {
+      *(float4*)(s + cell(t, n)) = make_float4(f[0], f[1], f[2], f[3]);
+      *(float4*)(s + cell(t, n + 4)) = make_float4(f[4], f[5], f[6], f[7]);
     }
   }
 
-  static __device__ __forceinline__ int cell(int n, int token) {
-    return n * STATE + (token % STEPS / 4 * LANES + token / STEPS) * 4 + token % 4;
+  // `id` counts the threads that work on this projection.
+  __device__ __forceinline__ void load(const X* x, const Projection& st, int id, int t0, int end) {
+    if constexpr (AHEAD)
+#pragma unroll
+      for (int k = 0; k < EACH_THREAD; ++k)
+        if (PIECES % SHARE == 0 || k * SHARE + id < PIECES) load_piece(piece[k], x, st, k * SHARE + id, t0, end);
   }
-
-  static __device__ __forceinline__ void load8(float (&f)[8], const T* from) {
+  __device__ __forceinline__ void put(float* s, const X* x, const Projection& st, int id, int t0, int end) {
+    if constexpr (AHEAD) {
 #pragma unroll
-    for (int v = 0; v < 8 / VECTOR; ++v) {
-      float part[VECTOR];
-      Vec16<T>::load_shared(from + v * VECTOR).unpack(part);
-#pragma unroll
-      for (int i = 0; i < VECTOR; ++i) f[v * VECTOR + i] = part[i];
-    }
-  }
-
-  static __device__ __forceinline__ void stage(float* to, const T* raw, const T* x, const Projection& st, const Round& r, int width, int group, unsigned id) {
-    if constexpr (LAYOUT == TOKENS) {
-#pragma unroll
-      for (int k = 0; k < TILE / HALF; ++k) {
-        const int t = id % (TILE / 8) * 8, n = k * (HALF / (TILE / 8)) + id / (TILE / 8);
-        if (GROUP % (HALF / (TILE / 8)) && n >= GROUP) break;
-        const T* from = raw + n * TILE + t;
-        float* at = to + cell(n, t);
-#pragma unroll 1
-        for (int left = width; left; --left, from += RAW_TILE, at += GROUP * STATE) {
-          float f[8];
-          load8(f, from);
-          *(float4*)at = make_float4(f[0], f[1], f[2], f[3]);
-          *(float4*)(at + LANES * 4) = make_float4(f[4], f[5], f[6], f[7]);
-        }
-      }
-    } else if constexpr (LAYOUT == CHANNELS) {
-#pragma unroll
-      for (int k = 0; k < TILE / HALF; ++k) {
-        const unsigned i = k * HALF + id;
-        const int t = i % 32 / 4 * STEPS + i / 32 * 4 + i % 4;  // a warp writes to 32 different banks
-        const T* from = raw + t * 8;
-        float* at = to + cell(0, t);
-#pragma unroll 1
-        for (int left = width; left; --left, from += RAW_TILE, at += GROUP * STATE) {
-          float f[8];
-          load8(f, from);
-#pragma unroll
-          for (int n = 0; n < GROUP; ++n) at[n * STATE] = f[n];
-        }
+      for (int k = 0; k < EACH_THREAD; ++k)
+        if (PIECES % SHARE == 0 || k * SHARE + id < PIECES) put_piece(s, piece[k], k * SHARE + id);
+    } else if constexpr (FAST) {
+      for (int i = id; i < PIECES; i += SHARE) {
+        load_piece(piece[0], x, st, i, t0, end);
+        put_piece(s, piece[0], i);
       }
     } else if constexpr (LAYOUT == STRIDED) {
-      for (int i = id; i < width * GROUP * TILE; i += HALF) {
-        const int n = i / TILE % GROUP, k = i / TILE / GROUP, token = k * TILE + i % TILE;
-        float value = 0.f;
-        if (group * GROUP + n < N && token < r.tokens) value = to_float(x[(group * GROUP + n) * st.state + (r.first + token) * st.token]);
-        to[k * GROUP * STATE + cell(n, token % TILE)] = value;
+      for (int i = id; i < T * N; i += SHARE) {
+        const bool by_state = st.state < st.token;
+        const int n = by_state ? i % N : i / T, t = by_state ? i / N : i % T;
+        s[cell(t, n)] = t0 + t < end ? to_float(x[n * st.state + (t0 + t) * st.token]) : 0.f;
       }
     }
   }
 };
 
-// ---- the kernel ------------------------------------------------------------------------------------------------------
+// The state after a tile. A growing state (A > 0) may have an infinite factor, which must not meet a zero state.
+__device__ __forceinline__ float carry(float A, float sum, float H, float s) {
+  return H == 0.f ? s : fmaf(ex2(__fmul_rn(A, sum)), H, s);
+}
 
-extern "C" __global__ __launch_bounds__(THREADS, 2) void selective_scan(const __grid_constant__ Params p) {
-  using U = Tile<T_U, LAYOUT_U>; using Delta = Tile<T_DELTA, LAYOUT_DELTA>; using Z = Tile<T_Z, LAYOUT_Z>; using Y = Tile<T_U, LAYOUT_Y>;
-  using StageB = Staging<T_B, LAYOUT_B>; using StageC = Staging<T_C, LAYOUT_C>;
-  extern __shared__ __align__(16) unsigned char memory[];
-  __shared__ Place s_place[2];
-  __shared__ uint64 s_idle;  // the carry into channels that do not exist
-  const int lane = threadIdx.x % 32, sub = lane / 4, column = threadIdx.x / 32 * 8 + lane % 4 * PAIR;
-  const Split s = split(p);
-  const int width = s.width(), log_span = 5 - s.log_width;
-  const int tile = column >> log_span, channel = column & ((1 << log_span) - 1);  // this lane's first, within the block
+// ---- the passes ------------------------------------------------------------------------------------------------------
 
-  unsigned char* next_byte = memory;
-  auto take = [&](int bytes) { unsigned char* here = next_byte; next_byte += bytes; return here; };
-  const int room = 1 << p.log_width;
-  T_U* s_u = (T_U*)take(U::BYTES);
-  T_DELTA* s_delta = (T_DELTA*)take(Delta::BYTES);
-  T_Z* s_z = (T_Z*)take(HAS_Z ? Z::BYTES : 0);
-  T_U* s_y = (T_U*)take(Y::BYTES);
-  T_B* raw_B = (T_B*)take(room * StageB::RAW_BYTES);
-  T_C* raw_C = (T_C*)take(room * StageC::RAW_BYTES);
-  float* s_BC = (float*)take(room * GROUP * STATE * 4);
-  float* s_A = (float*)take(N * COLUMNS * 4);  // and two more where B or C is constant
-  float* constant_B = (float*)take(LAYOUT_B == CONSTANT ? N * COLUMNS * 4 : 0);
-  float* constant_C = (float*)take(LAYOUT_C == CONSTANT ? N * COLUMNS * 4 : 0);
-  float* s_D = (float*)take(COLUMNS * 4);
-  float* s_bias = (float*)take(COLUMNS * 4);
-  uint64* s_carry = (uint64*)take(N * COLUMNS * 8);  // [state][column]: the carry out of that column's tile
+template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const Params& p) {
+  extern __shared__ __align__(16) float memory[];
+  float* next_float = memory;
+  auto take = [&](int floats) { float* here = next_float; next_float += floats; return here; };
+  float2* s_sw = (float2*)take(2 * CHANNELS * SW);         // {step, step u} [channel][token]
+  float* s_B = take(T * ROW);
+  float* s_bias = take(CHANNELS);
+  float* s_C = take(FIND_Y ? T * ROW : 0);
+  float* s_D = take(FIND_Y ? CHANNELS : 0);
+  float* s_y = take(FIND_Y ? LANES * CHANNELS * SY : 0);   // each lane's share of <C, h> [lane][channel][token]
+  const Place w = locate(p);
+  if (!w.any) return;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int sub = lane / ABREAST, mine = warp * ABREAST + lane % ABREAST;  // this lane's states, its channel of the block
+  const int64 rows = (int64)p.batch * p.channels, channel = w.channel + mine, row = w.b * (int64)p.channels + channel;
+  auto exists = [&](int i) { return mine < w.channels && (ROW == N || sub * STATES + i < N); };
 
-  Scratch* scratch = (Scratch*)p.scratch;
-  const bool chained = s.chunks > 1;
-  const unsigned epoch = chained ? *(volatile unsigned*)&scratch->epoch : 0;
-  unsigned sequence = 1;  // tag of the carry into the first tile of this round; never 0, never used twice in a block
-  for (int i = threadIdx.x; i < N * COLUMNS; i += THREADS) s_carry[i] = 0;
+  Walker<const T_U, VECTOR_U> u(p.u, p.su, w);
+  Walker<const T_DELTA, VECTOR_DELTA> delta(p.delta, p.sdelta, w);
+  Walker<const T_Z, VECTOR_Z> z(p.z, p.sz, w);
+  Walker<T_U, VECTOR_Y> y(p.y, p.sy, w);
+  const T_B* B = p.B + (LAYOUT_B == CONSTANT ? 0 : w.b * p.sB.batch + w.g * p.sB.group);
+  const T_C* C = p.C + (LAYOUT_C == CONSTANT ? 0 : w.b * p.sC.batch + w.g * p.sC.group);
 
-  auto round_of = [&](const Place& w, int t) { return Round{t - w.t0, w.t_end - t, w.channels, log_span}; };
-  auto fetch_tokens = [&](const Place& w, const Round& r) {
-    U::fetch(s_u, w.u, p.su, r);
-    Delta::fetch(s_delta, w.delta, p.sdelta, r);
+  Elements<T_U> next_u;
+  Elements<T_DELTA> next_delta;
+  Elements<T_Z> next_z;
+  Projected<T_B, LAYOUT_B> next_B;
+  Projected<T_C, LAYOUT_C> next_C;
+  const bool stages_B = threadIdx.x < THREADS / 2;
+  const int id = threadIdx.x % (THREADS / 2);
+  auto fetch = [&](int t0) {
+    const bool all = whole(t0, w);
+    load(next_u, u, p.su, t0, all, w);
+    load(next_delta, delta, p.sdelta, t0, all, w);
+    if (HAS_Z && FIND_Y) load(next_z, z, p.sz, t0, all, w);
+    if (stages_B) next_B.load(B, p.sB, id, t0, w.end);
+    else if (FIND_Y) next_C.load(C, p.sC, id, t0, w.end);
   };
-  auto fetch_states = [&](const Place& w, const Round& r, int group) {
-    if (threadIdx.x < HALF) StageB::fetch(raw_B, w.B, p.sB, r, width, group, threadIdx.x);
-    else StageC::fetch(raw_C, w.C, p.sC, r, width, group, threadIdx.x - HALF);
-  };
 
-  if (threadIdx.x == 0) locate(s_place[0], p, s, chained ? atomicAdd(&scratch->ticket, 1u) : blockIdx.x);
+  fetch(w.first);
+
+  float A[STATES], h[STATES], s[STATES], H[STATES], sum = 0.f;
+  float fixed_B[STATES], fixed_C[STATES];  // where constant
+#pragma unroll
+  for (int i = 0; i < STATES; ++i) {
+    const int n = sub * STATES + i;
+    A[i] = exists(i) ? __fmul_rn(p.A[channel * p.A_channel + n * p.A_state], LOG2E) : 0.f;
+    if (LAYOUT_B == CONSTANT) fixed_B[i] = exists(i) ? to_float(B[channel * p.sB.token + n * p.sB.state]) : 0.f;
+    if (LAYOUT_C == CONSTANT) fixed_C[i] = exists(i) ? to_float(C[channel * p.sC.token + n * p.sC.state]) : 0.f;
+    const bool starts = FIND_S && FIND_Y && p.initial && exists(i);
+    H[i] = starts ? p.initial[w.b * p.initial_batch + channel * p.initial_channel + n * p.initial_state] : 0.f;
+    s[i] = 0.f;
+    h[i] = H[i];
+  }
+  for (int c = threadIdx.x; c < CHANNELS; c += THREADS) {
+    s_bias[c] = HAS_BIAS && c < w.channels ? p.bias[(w.channel + c) * p.bias_channel] : 0.f;
+    if (FIND_Y) s_D[c] = HAS_D && c < w.channels ? p.D[(w.channel + c) * p.D_channel] : 0.f;
+  }
+  if (ROW > N)  // padded states read what nobody writes: it must be finite
+    for (int i = threadIdx.x; i < T * ROW; i += THREADS) {
+      s_B[i] = 0.f;
+      if (FIND_Y) s_C[i] = 0.f;
+    }
   __syncthreads();
-  int current = 0, t = s_place[0].t0;
-  if (s_place[0].item < s.items) {
-    const Round r = round_of(s_place[0], t);
-    fetch_tokens(s_place[0], r);
-    fetch_states(s_place[0], r, 0);
-  }
-
-  while (s_place[current].item < s.items) {
-    const Place& w = s_place[current];
-    const Round r = round_of(w, t);
-    const bool first_round = r.first == 0, last_round = r.tokens <= width * TILE;
-    const bool busy = (channel & ~7) < r.channels && tile * TILE < r.tokens;  // has this warp any channel and token
-    const bool exists = channel < r.channels, both = channel + 1 < r.channels;
-    float step[PAIR][STEPS], wu[PAIR][STEPS], out[PAIR][STEPS], total[PAIR];
-    unsigned ticket;
 
 #pragma unroll 1
-    for (int group = 0; group < GROUPS; ++group) {
-      copy_wait();
-      __syncthreads();
-      if (threadIdx.x < HALF) StageB::stage(s_BC, raw_B, w.B, p.sB, r, width, group, threadIdx.x);
-      else StageC::stage(s_BC + TILE, raw_C, w.C, p.sC, r, width, group, threadIdx.x - HALF);
-      if (group == 0) {
-        if (first_round) {
-          if (threadIdx.x == 0) {
-            ticket = chained ? atomicAdd(&scratch->ticket, 1u) : w.item + gridDim.x;
-            s_idle = (uint64)(epoch + w.chunk) << 32;
-          }
-          if (threadIdx.x < COLUMNS) {
-            const int c = threadIdx.x & ((1 << log_span) - 1);
-            s_D[threadIdx.x] = HAS_D && c < w.channels ? p.D[(w.channel + c) * p.D_channel] : 0.f;
-            s_bias[threadIdx.x] = HAS_BIAS && c < w.channels ? p.bias[(w.channel + c) * p.bias_channel] : 0.f;
-          }
-          for (int i = threadIdx.x; i < N * COLUMNS; i += THREADS) {
-            const int n = i / COLUMNS, c = i % COLUMNS & ((1 << log_span) - 1);
-            const int64 d = w.channel + c;
-            const bool there = c < w.channels;
-            s_A[i] = there ? __fmul_rn(p.A[d * p.A_channel + n * p.A_state], LOG2E) : 0.f;
-            if (LAYOUT_B == CONSTANT) constant_B[i] = there ? to_float(w.B[c * p.sB.token + n * p.sB.state]) : 0.f;
-            if (LAYOUT_C == CONSTANT) constant_C[i] = there ? to_float(w.C[c * p.sC.token + n * p.sC.state]) : 0.f;
-            if (w.chunk == 0 && i % COLUMNS >> log_span == width - 1) {
-              const float h = there && p.initial ? p.initial[w.b * p.initial_batch + d * p.initial_channel + n * p.initial_state] : 0.f;
-              s_carry[i] = (uint64)sequence << 32 | __float_as_uint(h);
-            }
-          }
-          if (HAS_D || HAS_BIAS) __syncthreads();
-        }
-        U::read(out, s_u, log_span, column, sub);
-        Delta::read(step, s_delta, log_span, column, sub);
+  for (int t0 = w.first; t0 < w.end; t0 += T) {
+    if (!FIND_S && t0 % TILE == 0) {  // the states before this tile, from scan_carry
+      const float* from = p.tiles + (t0 / TILE * rows + row) * N + sub * STATES;
 #pragma unroll
-        for (int k = 0; k < PAIR; ++k) {
-          const float bias = s_bias[column + k], D = s_D[column + k];
-#pragma unroll
-          for (int i = 0; i < STEPS; ++i) {
-            if (HAS_BIAS) step[k][i] = __fadd_rn(step[k][i], bias);
-            if (SOFTPLUS) step[k][i] = softplus(step[k][i]);
-          }
-          const int left = (k ? both : exists) ? r.tokens - tile * TILE - sub * STEPS : 0;
-          if (left < STEPS) {  // beyond the end nothing decays and nothing enters
-#pragma unroll
-            for (int i = 0; i < STEPS; ++i) if (i >= left) step[k][i] = out[k][i] = 0.f;
-          }
-          total[k] = 0.f;
-#pragma unroll
-          for (int i = 0; i < STEPS; ++i) {
-            total[k] = __fadd_rn(total[k], step[k][i]);
-            wu[k][i] = __fmul_rn(step[k][i], out[k][i]);
-            out[k][i] = HAS_D ? __fmul_rn(D, out[k][i]) : 0.f;
-          }
-        }
-      }
-      __syncthreads();
-
-      // What comes next arrives while this group is computed.
-      if (HAS_Z && group == 0) Z::fetch(s_z, w.z, p.sz, r);
-      if (group + 1 < GROUPS) fetch_states(w, r, group + 1);
-      else {
-        const Place& next = s_place[last_round ? current ^ 1 : current];
-        if (next.item < s.items) {
-          const Round following = round_of(next, last_round ? next.t0 : t + width * TILE);
-          fetch_tokens(next, following);
-          fetch_states(next, following, 0);
-        }
-      }
-
-      const int count = N % GROUP ? min(GROUP, N - group * GROUP) : GROUP;
-      if (busy && count > 0) {
-        const uint64* from = s_carry + ((tile == 0 ? width - 1 : tile - 1) << log_span) + channel;
-        uint64* to = s_carry + column;
-        int64 from_stride = COLUMNS, to_stride = COLUMNS;
-        int from_second = 1;                               // where the second channel's carry lies from the first's
-        bool gives = sub == LANES - 1, gives_second = gives;
-        unsigned want = sequence + tile, give = want + 1;
-        if (chained) {
-          const int64 rows = (int64)p.batch * p.channels;
-          uint64* chain = (uint64*)(scratch + 1) + (int64)w.b * p.channels + w.channel + channel;
-          if (w.chunk > 0 && first_round && tile == 0) {
-            from = exists ? chain + ((w.chunk - 1) & 1) * N * rows : &s_idle;
-            from_stride = exists ? rows : 0;
-            from_second = both;
-            want = epoch + w.chunk;
-          }
-          if (w.chunk + 1 < s.chunks && (tile + 1) * TILE >= r.tokens) {
-            to = chain + (w.chunk & 1) * N * rows;
-            to_stride = rows;
-            gives &= exists;
-            gives_second &= both;
-            give = epoch + w.chunk + 1;
-          }
-        }
-        from += group * GROUP * from_stride;
-        to += group * GROUP * to_stride;
-        const float* A = s_A + group * GROUP * COLUMNS + column;
-        const float4* BC = (const float4*)(s_BC + tile * GROUP * STATE) + sub;
-        const float* fixed_B = constant_B + group * GROUP * COLUMNS + column;
-        const float* fixed_C = constant_C + group * GROUP * COLUMNS + column;
-
-        float a[PAIR][STEPS], x[PAIR][STEPS], P[PAIR], h[PAIR];
-        struct Carry { uint64 first, second; };
-        auto load = [&] { return Carry{load_carry(from), load_carry(from + from_second)}; };
-        // First walk over 4 tokens of state n: decays, inputs, local state.
-        auto enter = [&](int n, int j, float (&h)[PAIR]) {
-          float4 B;
-          if (LAYOUT_B != CONSTANT) B = BC[n * (STATE / 4) + j * LANES];
-#pragma unroll
-          for (int i = 4 * j; i < 4 * j + 4; ++i)
-#pragma unroll
-            for (int k = 0; k < PAIR; ++k) {
-              const float b = LAYOUT_B == CONSTANT ? fixed_B[n * COLUMNS + k] : (&B.x)[i - 4 * j];
-              a[k][i] = ex2(__fmul_rn(A[n * COLUMNS + k], step[k][i]));
-              x[k][i] = __fmul_rn(wu[k][i], b);
-              h[k] = i ? fmaf(a[k][i], h[k], x[k][i]) : x[k][i];
-            }
-        };
-        // Second walk over 4 tokens of state n, from the true state.
-        auto leave = [&](int n, int j) {
-          float4 C;
-          if (LAYOUT_C != CONSTANT) C = BC[n * (STATE / 4) + TILE / 4 + j * LANES];
-#pragma unroll
-          for (int i = 4 * j; i < 4 * j + 4; ++i)
-#pragma unroll
-            for (int k = 0; k < PAIR; ++k) {
-              const float c = LAYOUT_C == CONSTANT ? fixed_C[n * COLUMNS + k] : (&C.x)[i - 4 * j];
-              h[k] = fmaf(a[k][i], h[k], x[k][i]);
-              out[k][i] = fmaf(h[k], c, out[k][i]);
-            }
-        };
-        // From the local state after the lane's tokens to the true one before them; hands the tile's carry on.
-        auto carry_over = [&](Carry carry) {
-#pragma unroll
-          for (int k = 0; k < PAIR; ++k) combine<1>(P[k], h[k]);
-#pragma unroll
-          for (int k = 0; k < PAIR; ++k) combine<2>(P[k], h[k]);
-#pragma unroll
-          for (int k = 0; k < PAIR; ++k) combine<4>(P[k], h[k]);
-          while (!__all_sync(~0u, (unsigned)(carry.first >> 32) == want && (unsigned)(carry.second >> 32) == want)) carry = load();
-          const float H[PAIR] = {__uint_as_float((unsigned)carry.first), __uint_as_float((unsigned)carry.second)};
-          const float after[PAIR] = {fmaf(P[0], H[0], h[0]), fmaf(P[1], H[1], h[1])};
-          if (gives) store_carry(to, after[0], give);
-          if (gives_second) store_carry(to + 1, after[1], give);
-#pragma unroll
-          for (int k = 0; k < PAIR; ++k) {
-            h[k] = __shfl_up_sync(~0u, after[k], 4);
-            if (sub == 0) h[k] = H[k];
-          }
-          from += from_stride;
-          to += to_stride;
-        };
-        auto decay = [&](int n) {
-          P[0] = ex2(__fmul_rn(A[n * COLUMNS], total[0]));
-          P[1] = ex2(__fmul_rn(A[n * COLUMNS + 1], total[1]));
-        };
-
-#pragma unroll 1
-        for (int n = 0; n < count; ++n) {
-          const Carry carry = load();
-          decay(n);
-#pragma unroll
-          for (int j = 0; j < STEPS / 4; ++j) enter(n, j, h);
-          carry_over(carry);
-#pragma unroll
-          for (int j = 0; j < STEPS / 4; ++j) leave(n, j);
-        }
-      }
-      if (first_round && group == 0 && threadIdx.x == 0) locate(s_place[current ^ 1], p, s, ticket);
+      for (int i = 0; i < STATES; ++i) h[i] = exists(i) ? from[i] : 0.f;
     }
 
-    if (HAS_Z) {
-      float z[PAIR][STEPS];
-      Z::read(z, s_z, log_span, column, sub);
+    const Elements<T_U> u_now = next_u;
+    const Elements<T_Z> z_now = next_z;
+    {  // elementwise: steps and inputs
+      float step[EACH], in[EACH];
+      int c, t;
 #pragma unroll
-      for (int k = 0; k < PAIR; ++k)
+      for (int e = 0; e < EACH; ++e) {
+        element(e, c, t);
+        step[e] = to_float(next_delta.x[e]);
+        if (HAS_BIAS) step[e] = __fadd_rn(step[e], s_bias[c]);
+        if (SOFTPLUS) step[e] = softplus(step[e]);
+      }
+      if (t0 + T > w.end) {  // beyond the end nothing decays and nothing enters
 #pragma unroll
-        for (int i = 0; i < STEPS; ++i) out[k][i] = __fmul_rn(out[k][i], __fmul_rn(z[k][i], sigmoid(z[k][i])));
-    }
-    Y::write(w.y, s_y, out, p.sy, r, column, sub);
-
-    if (last_round && w.chunk + 1 == s.chunks) {  // the carry out of the last tile is the last state
-      const int final = (r.tokens - 1) / TILE;    // Y::write has synchronised the block
-      for (int i = threadIdx.x; i < N * r.channels; i += THREADS) {
-        const int n = i % N, c = i / N;
-        const uint64 carry = s_carry[n * COLUMNS + (final << log_span) + c];
-        p.last[((int64)w.b * p.channels + w.channel + c) * N + n] = __uint_as_float((unsigned)carry);
+        for (int e = 0; e < EACH; ++e) {
+          element(e, c, t);
+          if (t0 + t >= w.end) step[e] = 0.f;
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < EACH; ++e) in[e] = __fmul_rn(step[e], to_float(u_now.x[e]));
+      element(0, c, t);
+      if (MAP == TOKENS_A_THREAD) {
+#pragma unroll
+        for (int e = 0; e < EACH; e += 2) *(float4*)(s_sw + c * SW + t + e) = make_float4(step[e], in[e], step[e + 1], in[e + 1]);
+      } else {
+#pragma unroll
+        for (int e = 0; e < EACH; ++e) {
+          element(e, c, t);
+          s_sw[c * SW + t] = make_float2(step[e], in[e]);
+        }
       }
     }
-    sequence += width + last_round;  // after a chunk's end the next item starts from a carry of its own
-    t += width * TILE;
-    if (last_round) {
-      current ^= 1;
-      t = s_place[current].t0;
+    if (stages_B) next_B.put(s_B, B, p.sB, id, t0, w.end);
+    else if (FIND_Y) next_C.put(s_C, C, p.sC, id, t0, w.end);
+    __syncthreads();
+
+    if (t0 + T < w.end) fetch(t0 + T);  // arrives while these tokens are walked
+
+#pragma unroll (FIND_S && FIND_Y ? 1 : 2)
+    for (int t = 0; t < T; t += 4) {
+      const float4 first = *(const float4*)(s_sw + mine * SW + t), second = *(const float4*)(s_sw + mine * SW + t + 2);
+      const float step[4] = {first.x, first.z, second.x, second.z}, in[4] = {first.y, first.w, second.y, second.w};
+      float part[4];
+#pragma unroll
+      for (int q = 0; q < STATES; q += 4) {
+        const float *B_4 = s_B + cell(t, sub * STATES + q), *C_4 = s_C + cell(t, sub * STATES + q);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float4 b, c;
+          if (LAYOUT_B != CONSTANT) b = *(const float4*)(B_4 + j * ROW);
+          if (FIND_Y && LAYOUT_C != CONSTANT) c = *(const float4*)(C_4 + j * ROW);
+          if (FIND_S && q == 0) sum = __fadd_rn(sum, step[j]);
+#pragma unroll
+          for (int i = q; i < q + 4; ++i) {
+            const float a = ex2(__fmul_rn(A[i], step[j]));
+            const float x = __fmul_rn(in[j], LAYOUT_B == CONSTANT ? fixed_B[i] : (&b.x)[i - q]);
+            if (FIND_S) s[i] = fmaf(a, s[i], x);
+            if (FIND_Y) {
+              const float C_i = LAYOUT_C == CONSTANT ? fixed_C[i] : (&c.x)[i - q];
+              h[i] = fmaf(a, h[i], x);
+              part[j] = i ? fmaf(h[i], C_i, part[j]) : __fmul_rn(h[i], C_i);
+            }
+          }
+        }
+      }
+      if (FIND_Y) *(float4*)(s_y + (sub * CHANNELS + mine) * SY + t) = make_float4(part[0], part[1], part[2], part[3]);
+    }
+
+    if (FIND_S && ((t0 + T) % TILE == 0 || t0 + T >= w.end)) {  // the tile's end
+      const int64 to = (FIND_Y ? 0 : t0 / TILE * rows) + row;
+#pragma unroll
+      for (int i = 0; i < STATES; ++i) {
+        if (FIND_Y) H[i] = carry(A[i], sum, H[i], s[i]);
+        if (FIND_Y && t0 + T >= p.length && exists(i)) p.last[to * N + sub * STATES + i] = H[i];
+        if (!FIND_Y && exists(i)) p.tiles[to * N + sub * STATES + i] = s[i];
+        s[i] = 0.f;
+        h[i] = H[i];
+      }
+      if (!FIND_Y && sub == 0 && exists(0)) p.sums[to] = sum;
+      sum = 0.f;
+    }
+    __syncthreads();
+
+    if (FIND_Y) {  // elementwise: sum over lanes, skip and gate
+      float out[EACH];
+      int c, t;
+      if (MAP == TOKENS_A_THREAD) {
+        element(0, c, t);
+#pragma unroll
+        for (int e = 0; e < EACH; e += 4) {
+          float4 v = *(const float4*)(s_y + c * SY + t + e);
+#pragma unroll
+          for (int l = 1; l < LANES; ++l) {
+            const float4 more = *(const float4*)(s_y + (l * CHANNELS + c) * SY + t + e);
+            v.x = __fadd_rn(v.x, more.x);
+            v.y = __fadd_rn(v.y, more.y);
+            v.z = __fadd_rn(v.z, more.z);
+            v.w = __fadd_rn(v.w, more.w);
+          }
+          out[e] = v.x;
+          out[e + 1] = v.y;
+          out[e + 2] = v.z;
+          out[e + 3] = v.w;
+        }
+      } else {
+#pragma unroll
+        for (int e = 0; e < EACH; ++e) {
+          element(e, c, t);
+          out[e] = s_y[c * SY + t];
+#pragma unroll
+          for (int l = 1; l < LANES; ++l) out[e] = __fadd_rn(out[e], s_y[(l * CHANNELS + c) * SY + t]);
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < EACH; ++e) {
+        element(e, c, t);
+        if (HAS_D) out[e] = fmaf(s_D[c], to_float(u_now.x[e]), out[e]);
+        if (HAS_Z) {
+          const float gate = to_float(z_now.x[e]);
+          out[e] = __fmul_rn(out[e], __fmul_rn(gate, sigmoid(gate)));
+        }
+      }
+      store(y, out, p.sy, t0, w);
     }
   }
+}
 
-  if (chained && threadIdx.x == 0) {  // the last block to leave readies the scratch for the next launch
-    __threadfence();
-    if (atomicAdd(&scratch->done, 1u) == gridDim.x - 1) {
-      scratch->ticket = scratch->done = 0;
-      scratch->epoch = epoch + s.chunks + 1;
-    }
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void scan_both(const __grid_constant__ Params p) { pass<true, true>(p); }
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS + 2) void scan_states(const __grid_constant__ Params p) { pass<true, false>(p); }
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void scan_outputs(const __grid_constant__ Params p) { pass<false, true>(p); }
+
+// One thread a (batch row, channel, state): s of every tile becomes the state before it.
+extern "C" __global__ void scan_carry(const __grid_constant__ Params p) {
+  const int64 rows = (int64)p.batch * p.channels, i = (int64)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= rows * N) return;
+  const int64 row = i / N, b = row / p.channels, channel = row % p.channels;
+  const int n = i % N, tiles = (p.length - 1) / TILE + 1;
+  const float A = __fmul_rn(p.A[channel * p.A_channel + n * p.A_state], LOG2E);
+  float H = p.initial ? p.initial[b * p.initial_batch + channel * p.initial_channel + n * p.initial_state] : 0.f;
+  constexpr int AHEAD = 16;
+  float s[AHEAD], sum[AHEAD];
+  for (int k = 0; k < tiles; k += AHEAD) {
+#pragma unroll
+    for (int j = 0; j < AHEAD; ++j)
+      if (k + j < tiles) { s[j] = p.tiles[(k + j) * rows * N + i]; sum[j] = p.sums[(k + j) * rows + row]; }
+#pragma unroll
+    for (int j = 0; j < AHEAD; ++j)
+      if (k + j < tiles) {
+        p.tiles[(k + j) * rows * N + i] = H;
+        H = carry(A, sum[j], H, s[j]);
+      }
   }
+  p.last[i] = H;
 }

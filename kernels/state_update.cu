@@ -63,7 +63,8 @@ __device__ __forceinline__ void store_states(float* to, int64 stride, int n, con
                 if (n + j < STATES) to[j * stride] = in[j];
             }
         } else if (n + i < STATES) {
-            __stwb(reinterpret_cast<float4*>(to + i), make_float4(in[i], in[i + 1], in[i + 2], in[i + 3]));
+            *reinterpret_cast<uint4*>(to + i) = make_uint4(
+                __float_as_uint(in[i]), __float_as_uint(in[i + 1]), __float_as_uint(in[i + 2]), __float_as_uint(in[i + 3]));
         }
     }
 }
@@ -108,12 +109,13 @@ selective_state_update(const __grid_constant__ Params p) {
         float input = __fmul_rn(delta, x[r]), y = 0.0f;
 #pragma unroll
         for (int i = 0; i < HELD; ++i) {
+            if (LANES * HELD > STATES && n + i >= STATES) break;
             h[r][i] = __fmaf_rn(ex2(__fmul_rn(delta, A[i])), h[r][i], __fmul_rn(input, B[r][i]));
             y = __fmaf_rn(h[r][i], C[r][i], y);
         }
 #pragma unroll
         for (int offset = LANES / 2; offset; offset /= 2) y += __shfl_xor_sync(~0u, y, offset);
-        y = __fmaf_rn(D, x[r], y);
+        if (p.D) y = __fmaf_rn(D, x[r], y);
         if (z_row) y = __fmul_rn(y, __fmul_rn(z[r], sigmoid(z[r])));
         if (wanted < p.dim) {
             store_states(state + r * p.state_batch, p.state_n, n, h[r]);

@@ -1,4 +1,4 @@
-"""The helpers of notebook 03: published tables through the rule, errors of the three forms, the permutation test."""
+"""The sweep of notebook 03: published tables through the rule, errors of the three forms, where a loop's time goes."""
 
 import numpy as np
 import pandas as pd
@@ -9,12 +9,10 @@ from corey import chunk_study
 from corey.chunk_study import (
     DISTRIBUTIONS,
     MEMORIES,
-    best_chunk_rows,
     best_reset_chunk,
-    distribution_ratios,
     draw,
     error_rows,
-    fastest_chunk,
+    launch_cost_parts,
     launch_fits,
     legal_forms,
     mamba_inputs,
@@ -25,9 +23,9 @@ from corey.chunk_study import (
     replay_perturbation,
     replay_triplet,
     rule_regrets,
-    spearman_permutation,
     summarise,
     sweep,
+    triplet_rows,
 )
 from corey.entropy import histogram_entropy
 
@@ -143,7 +141,9 @@ def test_long_memory_loses_more_than_short():
 
 def test_a_sweep_has_every_form_and_its_launches_fit_a_line():
     rows = sweep(small_inputs(), [512, 256, 128, 64], rounds=6, seed=0)
-    assert len(rows) == 6 * 11
+    assert len(rows) == 6 * 12  # three forms at four chunks, less one launch at 64, and the default call
+    assert rows[rows.form == "default"].chunk_size.unique() == [500]
+    assert rows[rows.form == "default"].n_launches.unique() == [1]
     summary = summarise(rows)
     assert (summary.form.iloc[:3] == ["reset", "one_launch", "carried"]).all() and summary.chunk_size.iloc[0] == 512
     assert (summary.low_us <= summary.median_us).all() and (summary.median_us <= summary.high_us).all()
@@ -153,6 +153,48 @@ def test_a_sweep_has_every_form_and_its_launches_fit_a_line():
     assert fits.slope_us.tolist() == pytest.approx([7.0, 7.0]) and fits.intercept_us.tolist() == pytest.approx(
         [100.0] * 2
     )
+
+
+def split_sweep(host_us=30.0, launch_us=3.0, scan_us=25.0, rounds=8):
+    """A sweep on a GPU without noise but a drift of the rounds, which differences within rounds take out."""
+    rows = []
+    for index in range(rounds):
+        for form, sizes in (("reset", (512, 128)), ("carried", (512, 128)), ("default", (512,))):
+            for size in sizes:
+                launches = 512 // size
+                replay = scan_us + launch_us * (launches - 1) + index
+                row = {"round": index, "chunk_size": size, "n_launches": launches}
+                rows.append(row | {"name": f"{form}_graph_{size}", "form": f"{form}_graph", "latency_us": replay})
+                rows.append(row | {"name": f"{form}_{size}", "form": form, "latency_us": replay + host_us * launches})
+    return pd.DataFrame(rows)
+
+
+def test_the_time_of_a_loop_is_split_into_scan_cut_and_host():
+    parts = launch_cost_parts(split_sweep()).set_index(["form", "chunk_size", "part"])
+    assert len(parts) == 2 * 2 * 3
+    assert parts.latency_us["reset", 128, "host"] == pytest.approx(120) and parts.n_launches["reset", 128, "host"] == 4
+    assert parts.latency_us["carried", 128, "cut"] == pytest.approx(9)
+    assert parts.latency_us["carried", 512, "cut"] == 0
+    assert parts.latency_us["reset", 512, "scan"] == pytest.approx(25 + 3.5)
+    assert (parts.low_us <= parts.latency_us).all() and (parts.latency_us <= parts.high_us).all()
+    with pytest.raises(ValueError, match="rows: got no graph replays, want a sweep on a GPU"):
+        launch_cost_parts(split_sweep().query("form == 'reset'"))
+
+
+def test_graph_replays_have_a_launch_cost_line_of_their_own():
+    rows = split_sweep(host_us=20.0)
+    more = rows[rows.chunk_size == 128].assign(chunk_size=64, n_launches=8, latency_us=lambda x: x.latency_us + 92)
+    more["name"] = more.form + "_64"
+    fits = launch_fits(summarise(pd.concat([rows, more]))).set_index("form")
+    assert list(fits.index) == ["reset", "reset_graph", "carried", "carried_graph"]
+    assert fits.slope_us["reset"] == pytest.approx(23) and fits.r_squared["reset"] == pytest.approx(1)
+
+
+def test_triplets_are_speedups_over_chunk_64():
+    rows = triplet_rows(["float32 600", "bfloat16 600"], (1, 4, 3), rounds=5, seed=0, device="cpu")
+    assert rows.dtype.tolist() == ["float32"] * 3 + ["bfloat16"] * 3 and rows.chunk_size.tolist() == [256, 512, 600] * 2
+    assert (rows.low <= rows.ratio).all() and (rows.ratio <= rows.high).all() and (rows.n == 5).all()
+    assert rows[rows.chunk_size == 600].ratio.min() > 1  # ten calls are slower than one
 
 
 def test_the_best_chunk_of_the_loop_is_the_largest_that_none_beats_beyond_doubt():
@@ -169,73 +211,8 @@ def test_the_best_chunk_of_the_loop_is_the_largest_that_none_beats_beyond_doubt(
     assert best_reset_chunk(slower, 512) == 256
 
 
-def timings(ratio, spread, rounds=60):
-    noise = np.random.default_rng(0).normal(0, spread, (rounds, 6))
-    rows = []
-    for index, name in enumerate([*DISTRIBUTIONS, "control"]):
-        latency = 100 * np.exp(noise[:, index]) * (ratio if name == "sparse2" else 1)
-        rows += [{"round": i, "order": index, "name": name, "latency_us": value} for i, value in enumerate(latency)]
-    return pd.DataFrame(rows)
-
-
-@pytest.mark.parametrize(
-    ("ratio", "spread", "verdict"),
-    [
-        (1.0, 0.01, (True, False)),
-        (1.3, 0.01, (False, True)),
-        (0.7, 0.01, (False, True)),
-        (1.1, 0.4, (False, False)),
-    ],
-    ids=["equal", "slower", "faster", "too_noisy"],
-)
-def test_distributions_are_judged_equivalent_different_or_neither(ratio, spread, verdict):
-    row = distribution_ratios(timings(ratio, spread), margin=0.05).set_index("distribution").loc["sparse2"]
-    assert (row.equivalent, row.differs) == verdict
-
-
-def test_spearman_finds_order_and_only_order():
-    x = np.arange(12.0)
-    rising = spearman_permutation(x, np.exp(x))
-    assert rising["rho"] == pytest.approx(1.0) and rising["p_value"] < 0.001 and rising["n"] == 12
-    falling = spearman_permutation(x, -(x**3))
-    assert falling["rho"] == pytest.approx(-1.0) and falling["p_value"] < 0.001
-    unrelated = spearman_permutation(x, [3, 1, 2] * 4)
-    assert abs(unrelated["rho"]) < 0.2 and unrelated["p_value"] > 0.3
-
-
-def test_spearman_of_ties_is_that_of_scipy():
-    from scipy import stats
-
-    x, y = [0.1, 0.5, 0.5, 2.0, 3.0, 3.0, 4.0], [128, 128, 256, 256, 512, 128, 512]
-    assert spearman_permutation(x, y, resamples=99)["rho"] == pytest.approx(stats.spearmanr(x, y).statistic)
-
-
-def test_one_best_chunk_for_all_is_no_correlation():
-    assert spearman_permutation(range(6), [512] * 6) == {"rho": 0.0, "p_value": 1.0, "n": 6}
-    with pytest.raises(ValueError, match="y: got shapes"):
-        spearman_permutation(range(6), range(5))
-    with pytest.raises(ValueError, match="x: got one value"):
-        spearman_permutation([1] * 6, range(6))
-
-
-def test_the_fastest_chunk_is_that_of_the_medians_and_of_each_half():
-    latency = {"128": 3.0, "256": 1.0, "512": 2.0}
-    rows = [(i, 0, name, value + 5 * (name == "256") * (i % 2)) for i in range(9) for name, value in latency.items()]
-    timed = pd.DataFrame(rows, columns=["round", "order", "name", "latency_us"])
-    found = fastest_chunk(timed)
-    assert (found["best_chunk"], found["best_chunk_even"], found["best_chunk_odd"]) == (256, 256, 512)
-    assert found["spread"] == pytest.approx(3.0)
-
-
-def test_best_chunks_come_with_the_entropy_of_their_tensor():
-    tensors = {name: draw(name, (1, 8, 300), seed=0) for name in ("uniform", "sparse2")}
-    rows = best_chunk_rows(small_inputs(seqlen=300), tensors, [128, 256], rounds=2, seed=0).set_index("tensor")
-    assert set(rows.best_chunk) <= {128, 256}
-    assert rows.entropy_nats["uniform"] > 5 > 1 > rows.entropy_nats["sparse2"]
-
-
 def test_regret_of_the_rule_is_against_512_and_against_one_call():
-    latency = {"reset_64": 8.0, "reset_512": 2.0, "reset_4096": 1.0}
+    latency = {"reset_64": 8.0, "reset_512": 2.0, "default_4096": 1.0}
     rows = [(i, 0, name, value) for i in range(6) for name, value in latency.items()]
     timed = pd.DataFrame(rows, columns=["round", "order", "name", "latency_us"])
     found = rule_regrets(timed, {"normal": 4.7, "sparse2": 0.19}, unsliced=4096).set_index("distribution")
@@ -250,3 +227,23 @@ def test_unknown_forms_and_steps_are_refused():
         chunk_study.scan_form("tiled", small_inputs(), 128)
     with pytest.raises(ValueError, match="step: got 0"):
         mamba_inputs(1, 8, 16, 4, step=0, seed=0)
+
+
+@pytest.mark.gpu
+def test_a_sweep_on_a_gpu_replays_every_form_and_its_host_shows():
+    inputs = published_inputs(1, 256, 1024, 16, seed=0, dtype=torch.float16, device="cuda")
+    rows = sweep(inputs, [1024, 512, 128, 64], rounds=6, seed=0)
+    assert set(rows.form) == {
+        f"{form}{end}" for form in ("reset", "carried", "one_launch", "default") for end in ("", "_graph")
+    }
+    parts = launch_cost_parts(rows).set_index(["form", "chunk_size", "part"]).latency_us
+    assert parts["reset", 64, "host"] > parts["reset", 512, "host"] > 0
+    assert parts["carried", 64, "cut"] > 0
+    assert len(launch_fits(summarise(rows))) == 4
+
+
+@pytest.mark.gpu
+def test_keeping_the_state_costs_not_a_bit_on_a_gpu():
+    rows = error_rows(mamba_inputs(1, 8, 500, 16, step=MEMORIES["long"], seed=3, device="cuda"), [512, 256, 128])
+    kept = rows[rows.form != "reset"]
+    assert kept.bitwise_equal.all() and (kept.relative_error < 1e-5).all()

@@ -74,3 +74,26 @@ def test_the_summaries_are_what_they_say():
     assert spread_between(table.value, table.group) == pytest.approx(100 / 104)
     with pytest.raises(ValueError, match=r"^distribution: got"):
         draw("cauchy", 10, 0)
+
+
+@pytest.mark.gpu
+def test_a_gpu_reads_the_entropies_that_a_cpu_reads(small):
+    model, tokenizer = small
+    options = {"rows_per_task": 1, "max_tokens": 300, "prefixes": [128]}
+    cpu = prompt_rows(model, tokenizer, "made", **options)
+    try:
+        gpu = prompt_rows(model.cuda(), tokenizer, "made", **options, device="cuda")
+    finally:
+        model.cpu()
+    assert (cpu.entropy_nats - gpu.entropy_nats).abs().max() < 5e-3  # values near an edge may change their bin
+    assert cpu.drop(columns=["entropy_nats", "entropy_bits"]).equals(gpu.drop(columns=["entropy_nats", "entropy_bits"]))
+
+
+@pytest.mark.gpu
+def test_a_gpu_bins_the_synthetic_draws_as_a_cpu_does():
+    for measure in (
+        lambda device: sample_count_rows([1000, 20_000], draws=2, seed=5, device=device),
+        lambda device: outlier_rows([0.0, 32.0], num_values=1000, draws=2, seed=1, device=device),
+        lambda device: bin_rows({"normal": draw("normal", 50_000, 0).to(device)}, [16, 2048]),
+    ):
+        assert (measure("cpu").entropy_nats - measure("cuda").entropy_nats).abs().max() < 1e-3

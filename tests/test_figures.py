@@ -8,9 +8,11 @@ matplotlib.use("agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 
 from corey import figures, paths
+from corey.plots import decisions, shapes, sweep
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +88,57 @@ def test_the_device_is_named_once_a_figure():
     figures.device_note(ax, "NVIDIA H200")
     figures.device_note(ax, "AMD EPYC, 2 threads")
     assert fig.get_supxlabel() == "NVIDIA H200; AMD EPYC, 2 threads"
+
+
+def sweep_summary(forms):
+    rows = [(form, size, 1e3 * 4096 / size) for form in forms for size in (64, 512, 4096)]
+    table = pd.DataFrame(rows, columns=["form", "chunk_size", "median_us"])
+    return table.assign(low_us=0.9 * table.median_us, high_us=1.1 * table.median_us)
+
+
+FIT = {"intercept_us": 100.0, "slope_us": 30.0, "r_squared": 0.999}
+
+
+def test_machines_of_a_sweep_share_one_legend():
+    fig, axes = plt.subplots(1, 2, figsize=(figures.WIDTH_FULL, 2.5))
+    sweep.plot_chunk_sweep(sweep_summary(["reset", "carried", "one_launch"]), FIT, axes[0])
+    sweep.plot_chunk_sweep(sweep_summary(["reset", "reset_graph", "default_graph"]), FIT, axes[1])
+    sweep.shared_legend(fig, axes, ncols=2)
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == [
+        sweep.FORM_STYLES[form][3] for form in ("reset", "carried", "reset_graph", "one_launch")
+    ]
+    assert "30 µs a call" in axes[0].texts[0].get_text() and axes[0].get_yscale() == "log"
+
+
+def test_a_part_of_the_loop_that_reaches_zero_is_left_out():
+    parts = pd.DataFrame(
+        {"part": part, "n_launches": n, "latency_us": n * 10.0, "low_us": low, "high_us": n * 12.0}
+        for part, low in (("host", 1.0), ("cut", -1.0), ("scan", 2.0))
+        for n in (1, 2, 8)
+    )
+    ax = sweep.plot_launch_cost(parts, plt.subplots()[1])
+    drawn = {bars.get_label(): len(bars.lines[0].get_xdata()) for bars in ax.containers}
+    assert drawn == {"host": 3, "cutting, on the device": 0, "the scan, uncut": 3}
+
+
+def test_a_cell_of_the_map_names_one_chunk_or_a_range():
+    best = pd.DataFrame(
+        {"batch": [1, 8], "d_inner": [64, 64], "seqlen": [512, 512], "first_tied": [128, 256], "last_tied": [128, 2048],
+         "spread": [1.1, 3.9]}
+    )  # fmt: skip
+    ax = shapes.plot_best_chunks(best, plt.subplots()[1])
+    assert [text.get_text() for text in ax.texts] == ["128", "256–2k"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["1 × 64", "8 × 64"]
+    shapes.colour_scale(ax)
+    assert len(ax.get_figure().axes) == 2
+
+
+def test_policies_keep_their_line_where_a_machine_did_not_measure_them():
+    costs = pd.DataFrame(
+        {"scheduler": name, "step": "decision", "median_us": 5.0, "low_us": 4.0, "high_us": 6.0}
+        for name in ("static", "hist")
+    )
+    ax = decisions.plot_decision_costs(costs, 30.0, ["static", "device-hist", "hist"], plt.subplots()[1])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["hist", "device-hist", "static"]
+    heights = next(bars for bars in ax.containers if bars.get_label().startswith("decision,")).lines[0].get_ydata()
+    assert [round(height) for height in heights] == [2, 0]

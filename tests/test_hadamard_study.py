@@ -92,3 +92,20 @@ def test_quantisation_rows_compare_plain_and_rotated(model):
     errors = rows.set_index(["setting", "rotated"]).logit_error
     assert max(errors["W16A16", False], errors["W16A16", True]) < 1e-3 < errors["W4A4", True]
     assert rows.same_top.between(0, 1).all()
+
+
+@pytest.mark.gpu
+def test_a_gpu_measures_on_a_model_what_a_cpu_measures(model):
+    rows = {}
+    for device in ("cpu", "cuda"):
+        model.to(device)
+        rows[device] = [
+            study.activation_rows(model, PROMPTS, device).gain_nats,
+            study.bound_rows(model, PROMPTS, device).largest_after,
+            study.quantisation_rows(model, PROMPTS, settings=((8, 8),), device=device).extra_nats,
+        ]
+    model.to("cpu")
+    for on_cpu, on_gpu, tolerance in zip(rows["cpu"], rows["cuda"], (2e-2, 1e-4, 1e-2)):
+        assert (on_cpu - on_gpu).abs().max() < tolerance
+    overflow = study.overflow_rows(torch.randn(50, 24, device="cuda"), [1.0, 2.0])
+    assert (overflow.after <= overflow.bound).all()

@@ -48,10 +48,10 @@ def test_opcheck_passes(sample):
 def test_compiles_as_one_graph_with_the_same_bits(layout, dynamic):
     torch.compiler.reset()
     compiled = torch.compile(lambda **k: selective_scan(**k, return_last_state=True), fullgraph=True, dynamic=dynamic)
-    for length in (40, 129, 1100):
+    for length in (129, 1100):
         inputs = gpu_inputs(length=length, options=OPTIONS, layout=layout)
         want = run(inputs)
-        for chunk_size in (None, 128, 256, device_chunk(256)):
+        for chunk_size in (None, 128, device_chunk(256)):
             got = compiled(**inputs, chunk_size=chunk_size)
             assert_same_bits(got, want)
             assert got[0].stride() == want[0].stride()

@@ -11,7 +11,9 @@ from corey.schedulers import (
     PUBLISHED_RANGES,
     SCHEDULERS,
     ChunkRule,
+    _least_entropies,
     continuous_tile,
+    device_chunk,
     fit_oracle,
     get_scheduler,
     guard,
@@ -76,6 +78,50 @@ def test_the_map_is_monotone_in_entropy_by_construction():
 def test_the_floor_reaches_the_top_only_at_full_scale():
     rule = ChunkRule(128, 512, 5.0, "floor")
     assert (rule(4.999), rule(5.0)) == (256, 512)
+
+
+@pytest.mark.parametrize("bounds", [*PUBLISHED_RANGES.values(), (1, 2**30, 3.0), (128, 128, 5.0), (128, 512, 1e300)])
+@pytest.mark.parametrize("rounding", ["round", "floor"])
+def test_the_device_compares_with_the_very_entropies_at_which_the_map_changes(bounds, rounding):
+    rule = ChunkRule(*bounds, rounding)
+    least = _least_entropies(rule)
+    assert len(least) == (rule.c_max // rule.c_min).bit_length() - 1 and list(least) == sorted(least)
+    for doublings, entropy in enumerate(least, start=1):
+        before = torch.nextafter(torch.tensor(entropy), torch.tensor(0.0))
+        assert rule(float(before)) < rule.c_min << doublings
+        assert math.isinf(entropy) or rule(entropy) >= rule.c_min << doublings
+
+
+def test_the_chunk_of_a_device_is_the_chunk_of_the_rule():
+    for bounds in PUBLISHED_RANGES.values():
+        rule = ChunkRule(*bounds)
+        for power in range(1, 30, 2):
+            u = scan_input() ** power
+            chunk = device_chunk(u, rule)
+            assert (chunk.dtype, chunk.shape) == (torch.int32, ())
+            assert int(chunk) == rule(float(histogram_entropy(u)))
+            assert int(device_chunk(u, rule, 64, (-1.0, 1.0))) == rule(float(histogram_entropy(u, 64, (-1.0, 1.0))))
+
+
+def test_device_hist_is_hist_on_the_cpu_and_may_bin_over_a_fixed_range():
+    u = scan_input() ** 9
+    assert get_scheduler("device-hist", c_max=2048)(u) == get_scheduler("hist", c_max=2048)(u)
+    fixed = get_scheduler("device-hist", range=(-1.0, 1.0), c_max=2048)
+    assert fixed.statistic(u) == histogram_entropy(u, range=(-1.0, 1.0))
+    assert fixed(u) == ChunkRule(128, 2048, math.log(256))(float(fixed.statistic(u)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bounds", [None, (-4.0, 4.0)], ids=["own", "fixed"])
+def test_device_hist_leaves_the_chunk_on_the_device_without_waiting(bounds):
+    u, scheduler = (scan_input() ** 3).cuda(), get_scheduler("device-hist", range=bounds, c_max=2048)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        chunk = scheduler(u, layer=3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (chunk.dtype, chunk.shape, chunk.device) == (torch.int32, (), u.device)
+    assert int(chunk) == ChunkRule(128, 2048, math.log(256))(float(scheduler.statistic(u)))
 
 
 def test_the_continuous_tile_gives_the_published_288():

@@ -1,0 +1,220 @@
+"""The causal convolution of CUDA tensors: which kernel of kernels/causal_conv1d.cu runs, and its launch."""
+
+import struct
+from dataclasses import dataclass
+
+import torch
+
+from corey import _cuda, _entropy_cuda
+from corey._operands import CPP_TYPES
+
+SOURCE = "causal_conv1d.cu"
+MAX_BINS = _entropy_cuda.MAX_BINS
+CHANNELS = 4  # a thread of the token-major kernel moves at once
+WALKS = (32, 16, 8)  # tokens a thread of it walks: the most that leaves every multiprocessor full
+VECTORS = 4  # a thread of the channel-major kernel computes, as in the kernel
+
+_THREADS = 256
+_UPDATE_THREADS = 128
+_RESIDENT = 768  # threads of the token-major kernel on a multiprocessor at a time
+
+_POINTERS = struct.Struct("=6Q")
+_NUMBERS = struct.Struct("=10qIiii")
+_RANGE = struct.Struct("=2d")
+_UPDATE_POINTERS = struct.Struct("=5Q")
+_UPDATE_NUMBERS = struct.Struct("=8q")
+
+
+def macros(dtype, weight_dtype, width, silu, channels=1, num_bins=0):
+    """What kernels/causal_conv1d.cu is compiled with. num_bins: 0 where nothing is counted."""
+    counts = 0 if num_bins == 0 else 2 if num_bins & (num_bins - 1) == 0 else 1
+    return (
+        ("T_X", CPP_TYPES[dtype]),
+        ("T_W", CPP_TYPES[weight_dtype]),
+        ("WIDTH", width),
+        ("SILU", int(silu)),
+        ("VECTOR", channels),
+        ("HISTOGRAM", counts),
+        ("COLUMNS", _entropy_cuda.columns(num_bins) if num_bins else 0),
+    )
+
+
+TUNED = [
+    (SOURCE, name, macros(dtype, dtype, width, True, channels, num_bins))
+    for dtype in CPP_TYPES
+    for width in (2, 3, 4)
+    for num_bins in (0, 256)
+    for name, channels in (("causal_conv1d_token_major", CHANNELS), ("causal_conv1d_channel_major", 1))
+] + [(SOURCE, "causal_conv1d_update", macros(dtype, dtype, 4, True)) for dtype in CPP_TYPES]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a launch needs but the addresses, for tensors of these shapes, strides, dtypes and alignments."""
+
+    function: _cuda.Function
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int
+    numbers: bytes
+    version: int
+
+
+_plans: dict[tuple, Plan] = {}
+
+
+def convolve(x, weight, bias, silu, initial_state, check, outputs, counting=None):
+    """y and the last state; with `counting`, which is (num_bins, lo, hi, least, least_chunk), also entropy and chunk.
+
+    check(x, weight, bias, initial_state) raises for bad arguments; outputs(x, weight) makes y and the last state.
+    """
+    if x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return convolve(x, weight, bias, silu, initial_state, check, outputs, counting)
+    tensors = (x, weight, bias, initial_state)
+    key = (silu, counting, *map(_layout, tensors))
+    plan = _plans.get(key)
+    if plan is None or plan.version != _cuda.source_version():
+        check(*tensors)
+        plan = _plans[key] = _plan(x, weight, silu, initial_state, counting)
+    y, last = outputs(x, weight)
+    results = (y, last)
+    if plan.grid[0] == 0:
+        last.copy_(initial_state) if initial_state is not None else last.zero_()
+        return results
+    weight, bias = _packed(weight), _packed(bias)
+    params = _POINTERS.pack(*map(_address, (x, weight, bias, initial_state, y, last))) + plan.numbers
+    if counting is not None:
+        entropy = x.new_empty((), dtype=torch.float32)
+        chunk = x.new_empty((), dtype=torch.int32)
+        num_bins, lo, hi, least, least_chunk = counting
+        pointers, _held = _entropy_cuda.sink_pointers(x.device.index, 1, num_bins, entropy, chunk)
+        numbers = _entropy_cuda.sink_numbers(x.numel(), 1.0, least, least_chunk)
+        params += _RANGE.pack(lo, hi - lo) + pointers + numbers
+        results += (entropy, chunk)
+    _cuda.launch(plan.function, plan.grid, plan.threads, plan.shared_bytes, params)
+    return results
+
+
+def update(x, conv_state, weight, bias, silu, check):
+    """y; conv_state is updated. check(x, conv_state, weight, bias) raises for bad arguments."""
+    if x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return update(x, conv_state, weight, bias, silu, check)
+    tensors = (x, conv_state, weight, bias)
+    key = (silu, *map(_layout, tensors))
+    plan = _plans.get(key)
+    if plan is None or plan.version != _cuda.source_version():
+        check(*tensors)
+        plan = _plans[key] = _update_plan(x, conv_state, weight, silu)
+    y = x.new_empty(x.shape)
+    if plan.grid[0] == 0:
+        return y
+    weight, bias = _packed(weight), _packed(bias)
+    params = _UPDATE_POINTERS.pack(*map(_address, (x, conv_state, weight, bias, y))) + plan.numbers
+    _cuda.launch(plan.function, plan.grid, plan.threads, plan.shared_bytes, params)
+    return y
+
+
+def _layout(tensor):
+    if tensor is None:
+        return None
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() & 15, tensor.device.index
+
+
+def _address(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _packed(parameter):
+    """weight or bias as the kernels read them; a copy only of what no module keeps so."""
+    if parameter is None or (parameter.is_contiguous() and parameter.data_ptr() % 16 == 0):
+        return parameter
+    return parameter.clone(memory_format=torch.contiguous_format)
+
+
+# ---- plans -----------------------------------------------------------------------------------------------------------
+
+
+def token_major(x):
+    return 0 < x.stride(1) < x.stride(2)
+
+
+def _plan(x, weight, silu, initial_state, counting):
+    batch, dim, length = x.shape
+    if batch * dim * length == 0:
+        return Plan(None, (0, 1, 1), 0, 0, b"", _cuda.source_version())
+    device = x.device.index
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    num_bins = counting[0] if counting else 0
+    if token_major(x):
+        name = "causal_conv1d_token_major"
+        channels = CHANNELS if _channels_are_vectors(x) else 1
+        blocks, segments, lanes, walk = _token_major_split(batch, dim, length, channels, processors)
+    else:
+        name = "causal_conv1d_channel_major"
+        channels = 1
+        blocks, segments, lanes = _channel_major_split(batch, dim, length, 16 // x.dtype.itemsize)
+        walk = 0
+    if blocks >= 2**31:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, which is more than 2^31 blocks of work for one launch")
+    variant = macros(x.dtype, weight.dtype, weight.shape[1], silu, channels, num_bins)
+    function = _cuda.function(SOURCE, name, device, variant)
+    shared = _entropy_cuda.table_bytes(num_bins) if counting else 0
+    grid = min(blocks, processors * max(function.blocks_per_sm(_THREADS, shared), 1)) if counting else blocks
+    numbers = _NUMBERS.pack(
+        batch,
+        dim,
+        length,
+        *x.stride(),
+        *((0, 0, 0) if initial_state is None else initial_state.stride()),
+        segments,
+        blocks,
+        lanes.bit_length() - 1,
+        walk,
+        num_bins,
+    )
+    return Plan(function, (grid, 1, 1), _THREADS, shared, numbers, _cuda.source_version())
+
+
+def _channels_are_vectors(x):
+    """Whether one load takes CHANNELS channels of a token, and one store those of y, which is packed."""
+    steps = [x.shape[1]] + [x.stride(axis) for axis in (0, 2) if x.shape[axis] > 1]
+    aligned = x.data_ptr() % (CHANNELS * x.dtype.itemsize) == 0
+    return x.stride(1) == 1 and aligned and all(step % CHANNELS == 0 for step in steps)
+
+
+def _token_major_split(batch, dim, length, channels, processors):
+    """Blocks of work, walks a batch row, lanes side by side over channels, tokens a walk."""
+    columns = -(-dim // channels)
+    fitting = [walk for walk in WALKS if walk <= max(length, WALKS[-1])]
+    full = [walk for walk in fitting if columns * batch * (length // walk) >= processors * _RESIDENT]
+    walk = max(full, default=fitting[-1])
+    segments = -(-length // walk)
+    lanes = min(32, _power_of_two(columns))
+    walkers = _THREADS // lanes
+    return -(-batch * segments // walkers) * -(-columns // lanes), segments, lanes, walk
+
+
+def _channel_major_split(batch, dim, length, vector):
+    """Blocks of work, pieces of a row, lanes side by side over a row's tokens."""
+    vectors = length // vector if length % vector == 0 else (length + 2 * (vector - 1)) // vector
+    lanes = min(_THREADS, _power_of_two(-(-vectors // VECTORS)))
+    segments = -(-vectors // (VECTORS * lanes))
+    return -(-batch * dim * segments // (_THREADS // lanes)), segments, lanes
+
+
+def _power_of_two(n):
+    """The least one that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def _update_plan(x, conv_state, weight, silu):
+    batch, dim = x.shape
+    if batch * dim == 0:
+        return Plan(None, (0, 1, 1), 0, 0, b"", _cuda.source_version())
+    variant = macros(x.dtype, weight.dtype, weight.shape[1], silu)
+    function = _cuda.function(SOURCE, "causal_conv1d_update", x.device.index, variant)
+    numbers = _UPDATE_NUMBERS.pack(batch, dim, conv_state.shape[2], *x.stride(), *conv_state.stride())
+    blocks = -(-batch * dim // _UPDATE_THREADS)
+    return Plan(function, (blocks, 1, 1), _UPDATE_THREADS, 0, numbers, _cuda.source_version())
