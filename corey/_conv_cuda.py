@@ -40,12 +40,10 @@ def macros(dtype, weight_dtype, width, silu, channels=1, num_bins=0):
 
 
 TUNED = [
-    (SOURCE, name, macros(dtype, dtype, width, True, channels, num_bins))
-    for dtype in CPP_TYPES
-    for width in (2, 3, 4)
-    for num_bins in (0, 256)
+    (SOURCE, name, macros(dtype, dtype, 4, True, channels, num_bins))
+    for dtype, num_bins in (*((dtype, 0) for dtype in CPP_TYPES), (torch.bfloat16, 256))
     for name, channels in (("causal_conv1d_token_major", CHANNELS), ("causal_conv1d_channel_major", 1))
-] + [(SOURCE, "causal_conv1d_update", macros(dtype, dtype, 4, True)) for dtype in CPP_TYPES]
+] + [(SOURCE, "causal_conv1d_update", macros(torch.bfloat16, torch.bfloat16, 4, True))]
 
 
 @dataclass(frozen=True)

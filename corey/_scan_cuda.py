@@ -50,25 +50,52 @@ _plans: dict[tuple, Plan] = {}
 
 def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk_size, outputs):
     """y and the last state. `outputs(u, A)` makes them; chunk_size is an int, None or a 0-dim int32 CUDA tensor."""
-    on_device = isinstance(chunk_size, torch.Tensor)
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    key = (
-        delta_softplus,
-        "device" if on_device else chunk_size,
-        u.device.index,
-        *(x if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() & 15, x.device.index) for x in tensors),
-    )
+    key = _key(tensors, delta_softplus, chunk_size)
     plan = _plans.get(key)
     if plan is None or plan.version != _cuda.source_version():
         check_tensors(*tensors)
         if chunk_size is not None:
             check_chunk_size(chunk_size, multiple_of=TILE, device=u.device)
-        plan = _plans[key] = _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk_size)
+        plan = _plans[key] = _plan(*tensors[:8], delta_softplus, initial_state, chunk_size)
+    return _run(plan, tensors, chunk_size, outputs)
+
+
+def scan_again(tensors, delta_softplus, chunk_size, outputs):
+    """The same for arguments like those of an earlier call, whose checks need not be repeated; else None.
+
+    tensors: u, delta, A, B, C, D, z, delta_bias, initial_state. This is what keeps the host's share of a call small.
+    """
+    try:
+        plan = _plans.get(_key(tensors, delta_softplus, chunk_size))
+    except (AttributeError, TypeError, RuntimeError):  # not tensors: the checks will say so
+        return None
+    if plan is None or plan.version != _cuda.source_version():
+        return None
+    return _run(plan, tensors, chunk_size, outputs)
+
+
+def _key(tensors, delta_softplus, chunk_size):
+    """Everything that a plan depends on."""
+    chunk = chunk_size
+    if isinstance(chunk, torch.Tensor):
+        chunk = (chunk.shape, chunk.dtype, chunk.device)
+    return (
+        type(delta_softplus),
+        delta_softplus,
+        type(chunk_size),
+        chunk,
+        *[x if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() & 15, x.device.index) for x in tensors],
+    )
+
+
+def _run(plan, tensors, chunk_size, outputs):
+    u, delta, A, B, C, D, z, delta_bias, initial_state = tensors
     y, last = outputs(u, A)
     if not plan.launches:
         last.zero_() if initial_state is None else last.copy_(initial_state)
         return y, last
-    device_chunk = chunk_size if on_device else None
+    device_chunk = chunk_size if isinstance(chunk_size, torch.Tensor) else None
     if u.device.index == torch.cuda.current_device():
         _launch(plan, u, delta, A, B, C, D, z, delta_bias, initial_state, device_chunk, y, last)
     else:
@@ -170,7 +197,7 @@ def _chunk(blocks, tiles, processors, chunk_size):
     """Tiles a chunk. A split sequence has every exp computed twice, so one pass wins once it keeps the GPU busy."""
     if isinstance(chunk_size, int):
         return min(chunk_size // TILE, tiles)
-    if isinstance(chunk_size, torch.Tensor) or blocks >= processors:
+    if isinstance(chunk_size, torch.Tensor) or 4 * blocks >= 5 * processors:
         return tiles
     chunk = 1
     while 2 * chunk < tiles and blocks * tiles // (2 * chunk) >= 16 * processors:
@@ -188,9 +215,9 @@ def _shared_bytes(states, with_outputs):
     channels = THREADS // lanes
     tokens = VECTOR * THREADS // channels
     row = lanes * max(4, -(-states // (4 * lanes)) * 4)
-    floats = 2 * channels * (tokens + 2) + tokens * row + channels
+    floats = 2 * channels * (tokens + 3) + tokens * row + channels
     if with_outputs:
-        floats += tokens * row + channels + lanes * channels * (tokens + 4)
+        floats += tokens * row + channels + lanes * channels * (tokens + 6)
     return 4 * floats
 
 

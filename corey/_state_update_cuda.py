@@ -23,10 +23,9 @@ def macros(dtypes, states, rows, softplus, vector):
 
 
 TUNED = [
-    (SOURCE, NAME, macros((dtype,) * 4 + (torch.float32, dtype, bias_dtype), 16, rows, True, True))
+    (SOURCE, NAME, macros((*(dtype,) * 4, torch.float32, dtype, dtype), 16, rows, True, True))
     for dtype in CPP_TYPES
-    for bias_dtype in dict.fromkeys((torch.float32, dtype))
-    for rows in (1, 2, 4)
+    for rows in (1, 4)
 ]
 
 

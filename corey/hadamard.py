@@ -40,7 +40,6 @@ def hadamard_transform(x: Tensor) -> Tensor:
 torch.library.define("corey::hadamard_transform", "(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-@torch.library.impl("corey::hadamard_transform", "default")
 def _transform(x: Tensor) -> Tensor:
     """In PyTorch's operations, on any device."""
     padded = torch.nn.functional.pad(_widened(x), (0, _padding(x.shape[-1])))
@@ -53,6 +52,9 @@ def _transform(x: Tensor) -> Tensor:
         z = torch.stack((first + second, first - second), dim=-2)
         half *= 2
     return (z.reshape(padded.shape) / math.sqrt(width)).to(x.dtype).contiguous()
+
+
+torch.library.impl("corey::hadamard_transform", "default", _transform)  # as a decorator it leaves None behind
 
 
 @torch.library.impl("corey::hadamard_transform", "CUDA")

@@ -54,6 +54,15 @@ def selective_scan(
     Raises TypeError or ValueError naming the argument; RuntimeError for inputs that require grad while grad is enabled,
     as there is no backward yet, and on CUDA, with the install hint, where NVIDIA's packages are missing.
     """
+    if type(u) is torch.Tensor and u.is_cuda and isinstance(return_last_state, bool) and not _is_traced():
+        from corey import _scan_cuda
+
+        tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+        found = None
+        if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors if isinstance(x, torch.Tensor)):
+            found = _scan_cuda.scan_again(tensors, delta_softplus, chunk_size, _outputs)
+        if found is not None:
+            return found if return_last_state else found[0]
     tensors = _named(u, delta, A, B, C, D, z, delta_bias, initial_state)
     check_types(tensors, delta_softplus, return_last_state)
     if u.device.type not in ("cpu", "cuda", "meta"):
@@ -67,6 +76,16 @@ def selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk, device_chunk
     )
     return (y, last_state) if return_last_state else y
+
+
+def _is_traced():
+    """Whether somebody other than the GPU is to see this call: a compiler, a functional transform, a dispatch mode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+    )
 
 
 # ---- the registered operator -----------------------------------------------------------------------------------------

@@ -19,7 +19,12 @@ constexpr int STATES = (N + LANES - 1) / LANES < 4 ? 4 : ((N + LANES - 1) / LANE
 constexpr int ROW = LANES * STATES;                                           // states of a channel, padded
 constexpr int ABREAST = 32 / LANES, CHANNELS = WARPS * ABREAST;               // channels side by side in a warp; a block
 constexpr int EACH = 8, T = EACH * THREADS / CHANNELS;                        // elements a thread, tokens at a time
-constexpr int SW = T + 2, SY = T + 4;                                         // padded rows: lanes hit different banks
+
+// Rows of a channel in shared memory, padded so that lanes hit different banks.
+constexpr int SW = T + 2, SW_ALL = CHANNELS * SW + CHANNELS;                  // {step, step u}
+constexpr int SY = T + 4, SY_ALL = CHANNELS * SY + 2 * CHANNELS;              // a lane's share of <C, h>
+__device__ __forceinline__ int sw_row(int c) { return c * SW + c / 8 * 8; }
+__device__ __forceinline__ int y_row(int c) { return c * SY + c / 8 * 16; }
 
 constexpr int BLOCKS = N > 64 ? 1 : N > 16 ? 2 : sizeof(T_U) > 2 ? 3 : 4;     // a multiprocessor: what registers allow
 
@@ -70,12 +75,34 @@ __device__ __forceinline__ Place locate(const Params& p) {
 __device__ __forceinline__ void element(int e, int& c, int& t) {
   const int i = threadIdx.x;
   if (MAP == TOKENS_A_THREAD) { c = i / (T / EACH); t = i % (T / EACH) * EACH + e; }
-  else if (MAP == CHANNELS_A_THREAD) { t = i / (CHANNELS / EACH); c = i % (CHANNELS / EACH) * EACH + e; }
+  else if (MAP == CHANNELS_A_THREAD) { t = i / 2 % T; c = (i % 2 + i / (2 * T) * 2) * EACH + e; }  // 32 bytes a token
   else if (MAP == THREADS_ON_TOKENS) { t = (e * THREADS + i) % T; c = (e * THREADS + i) / T; }
   else { c = (e * THREADS + i) % CHANNELS; t = (e * THREADS + i) / CHANNELS; }
 }
 
-template <class X> struct alignas(16) Elements { X x[EACH]; };
+// Kept packed: half the registers for 16-bit types.
+template <class X> struct Elements {
+  static constexpr int SIZE = Vec16<X>::SIZE;
+  Vec16<X> vectors[EACH / SIZE];
+
+  __device__ __forceinline__ void load(const X* from) {
+#pragma unroll
+    for (int v = 0; v < EACH / SIZE; ++v) vectors[v] = Vec16<X>::load(from + v * SIZE);
+  }
+  __device__ __forceinline__ void pack(const X (&from)[EACH]) {  // from must be aligned to 16 bytes
+#pragma unroll
+    for (int v = 0; v < EACH / SIZE; ++v) vectors[v] = Vec16<X>::load_shared(from + v * SIZE);
+  }
+  __device__ __forceinline__ void unpack(float (&to)[EACH]) const {
+#pragma unroll
+    for (int v = 0; v < EACH / SIZE; ++v) {
+      float part[SIZE];
+      vectors[v].unpack(part);
+#pragma unroll
+      for (int i = 0; i < SIZE; ++i) to[v * SIZE + i] = part[i];
+    }
+  }
+};
 
 // This thread's elements of one tensor, T tokens after T tokens. Vectors are contiguous, which spares registers.
 template <class X, bool VECTOR> struct Walker {
@@ -108,31 +135,31 @@ __device__ __forceinline__ bool there(int e, int t0, const Place& w) {
 }
 
 template <class X, bool VECTOR> __device__ __forceinline__ void load(Elements<X>& to, Walker<const X, VECTOR>& x, const Strides& st, int t0, bool all, const Place& w) {
-  if (VECTOR && all) {
+  if (VECTOR && all) to.load(x.at);
+  else {
+    alignas(16) X elements[EACH];
 #pragma unroll
-    for (int v = 0; v < (int)(EACH * sizeof(X) / 16); ++v) ((uint4*)to.x)[v] = __ldg((const uint4*)x.at + v);
-  } else {
-#pragma unroll
-    for (int e = 0; e < EACH; ++e) to.x[e] = there(e, t0, w) ? *x.element_at(e, st) : from_float<X>(0.f);
+    for (int e = 0; e < EACH; ++e) elements[e] = there(e, t0, w) ? *x.element_at(e, st) : from_float<X>(0.f);
+    to.pack(elements);
   }
   x.advance(st);
 }
 
 __device__ __forceinline__ void store(Walker<T_U, VECTOR_Y>& y, const float (&out)[EACH], const Strides& st, int t0, const Place& w) {
-  Elements<T_U> packed;
+  alignas(16) T_U elements[EACH];
 #pragma unroll
   for (int v = 0; v < EACH; v += Vec16<T_U>::SIZE) {
-    float f[Vec16<T_U>::SIZE];
+    float part[Vec16<T_U>::SIZE];
 #pragma unroll
-    for (int i = 0; i < Vec16<T_U>::SIZE; ++i) f[i] = out[v + i];
-    Vec16<T_U>::pack(f).store(packed.x + v);
+    for (int i = 0; i < Vec16<T_U>::SIZE; ++i) part[i] = out[v + i];
+    Vec16<T_U>::pack(part).store(elements + v);
   }
   if (VECTOR_Y && whole(t0, w)) {
 #pragma unroll
-    for (int v = 0; v < (int)(EACH * sizeof(T_U) / 16); ++v) ((uint4*)y.at)[v] = ((const uint4*)packed.x)[v];
+    for (int v = 0; v < EACH; v += Vec16<T_U>::SIZE) Vec16<T_U>::load_shared(elements + v).store(y.at + v);
   } else {
 #pragma unroll
-    for (int e = 0; e < EACH; ++e) if (there(e, t0, w)) *y.element_at(e, st) = packed.x[e];
+    for (int e = 0; e < EACH; ++e) if (there(e, t0, w)) *y.element_at(e, st) = elements[e];
   }
   y.advance(st);
 }
@@ -157,25 +184,20 @@ template <class X, int LAYOUT> struct Projected {
     int n, t;
     start(i, n, t);
     const X* from = x + n * st.state + (t0 + t) * st.token;
-    if (LAYOUT == VECTORS_OF_TOKENS ? t0 + t + 8 <= end : t0 + t < end) {
+    if (LAYOUT == VECTORS_OF_TOKENS ? t0 + t + 8 <= end : t0 + t < end) to.load(from);
+    else {
+      alignas(16) X elements[8];
 #pragma unroll
-      for (int v = 0; v < (int)(8 * sizeof(X) / 16); ++v) ((uint4*)to.x)[v] = __ldg((const uint4*)from + v);
-    } else {
-#pragma unroll
-      for (int e = 0; e < 8; ++e) to.x[e] = LAYOUT == VECTORS_OF_TOKENS && t0 + t + e < end ? from[e] : from_float<X>(0.f);
+      for (int e = 0; e < 8; ++e)
+        elements[e] = LAYOUT == VECTORS_OF_TOKENS && t0 + t + e < end ? from[e] : from_float<X>(0.f);
+      to.pack(elements);
     }
   }
   static __device__ __forceinline__ void put_piece(float* s, const Elements<X>& from, int i) {
     int n, t;
     start(i, n, t);
     float f[8];
-#pragma unroll
-    for (int v = 0; v < 8; v += Vec16<X>::SIZE) {
-      float part[Vec16<X>::SIZE];
-      Vec16<X>::load_shared(from.x + v).unpack(part);
-#pragma unroll
-      for (int k = 0; k < Vec16<X>::SIZE; ++k) f[v + k] = part[k];
-    }
+    from.unpack(f);
     if (LAYOUT == VECTORS_OF_TOKENS) {
       float* to = s + cell(t, n);  // all 8 tokens are permuted alike
 #pragma unroll
@@ -213,6 +235,9 @@ template <class X, int LAYOUT> struct Projected {
   }
 };
 
+// An infinite rate must not meet a step of zero.
+__device__ __forceinline__ float finite(float A) { return fminf(fmaxf(A, -3.4e38f), 3.4e38f); }
+
 // The state after a tile. A growing state (A > 0) may have an infinite factor, which must not meet a zero state.
 __device__ __forceinline__ float carry(float A, float sum, float H, float s) {
   return H == 0.f ? s : fmaf(ex2(__fmul_rn(A, sum)), H, s);
@@ -224,12 +249,12 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
   extern __shared__ __align__(16) float memory[];
   float* next_float = memory;
   auto take = [&](int floats) { float* here = next_float; next_float += floats; return here; };
-  float2* s_sw = (float2*)take(2 * CHANNELS * SW);         // {step, step u} [channel][token]
+  float2* s_sw = (float2*)take(2 * SW_ALL);                // {step, step u} [channel][token]
   float* s_B = take(T * ROW);
   float* s_bias = take(CHANNELS);
   float* s_C = take(FIND_Y ? T * ROW : 0);
   float* s_D = take(FIND_Y ? CHANNELS : 0);
-  float* s_y = take(FIND_Y ? LANES * CHANNELS * SY : 0);   // each lane's share of <C, h> [lane][channel][token]
+  float* s_y = take(FIND_Y ? LANES * SY_ALL : 0);          // each lane's share of <C, h> [lane][channel][token]
   const Place w = locate(p);
   if (!w.any) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -267,7 +292,7 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
 #pragma unroll
   for (int i = 0; i < STATES; ++i) {
     const int n = sub * STATES + i;
-    A[i] = exists(i) ? __fmul_rn(p.A[channel * p.A_channel + n * p.A_state], LOG2E) : 0.f;
+    A[i] = exists(i) ? finite(__fmul_rn(p.A[channel * p.A_channel + n * p.A_state], LOG2E)) : 0.f;
     if (LAYOUT_B == CONSTANT) fixed_B[i] = exists(i) ? to_float(B[channel * p.sB.token + n * p.sB.state]) : 0.f;
     if (LAYOUT_C == CONSTANT) fixed_C[i] = exists(i) ? to_float(C[channel * p.sC.token + n * p.sC.state]) : 0.f;
     const bool starts = FIND_S && FIND_Y && p.initial && exists(i);
@@ -299,10 +324,11 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
     {  // elementwise: steps and inputs
       float step[EACH], in[EACH];
       int c, t;
+      next_delta.unpack(step);
+      u_now.unpack(in);
 #pragma unroll
       for (int e = 0; e < EACH; ++e) {
         element(e, c, t);
-        step[e] = to_float(next_delta.x[e]);
         if (HAS_BIAS) step[e] = __fadd_rn(step[e], s_bias[c]);
         if (SOFTPLUS) step[e] = softplus(step[e]);
       }
@@ -314,16 +340,16 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
         }
       }
 #pragma unroll
-      for (int e = 0; e < EACH; ++e) in[e] = __fmul_rn(step[e], to_float(u_now.x[e]));
+      for (int e = 0; e < EACH; ++e) in[e] = __fmul_rn(step[e], in[e]);
       element(0, c, t);
       if (MAP == TOKENS_A_THREAD) {
 #pragma unroll
-        for (int e = 0; e < EACH; e += 2) *(float4*)(s_sw + c * SW + t + e) = make_float4(step[e], in[e], step[e + 1], in[e + 1]);
+        for (int e = 0; e < EACH; e += 2) *(float4*)(s_sw + sw_row(c) + t + e) = make_float4(step[e], in[e], step[e + 1], in[e + 1]);
       } else {
 #pragma unroll
         for (int e = 0; e < EACH; ++e) {
           element(e, c, t);
-          s_sw[c * SW + t] = make_float2(step[e], in[e]);
+          s_sw[sw_row(c) + t] = make_float2(step[e], in[e]);
         }
       }
     }
@@ -335,7 +361,7 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
 
 #pragma unroll (FIND_S && FIND_Y ? 1 : 2)
     for (int t = 0; t < T; t += 4) {
-      const float4 first = *(const float4*)(s_sw + mine * SW + t), second = *(const float4*)(s_sw + mine * SW + t + 2);
+      const float4 first = *(const float4*)(s_sw + sw_row(mine) + t), second = *(const float4*)(s_sw + sw_row(mine) + t + 2);
       const float step[4] = {first.x, first.z, second.x, second.z}, in[4] = {first.y, first.w, second.y, second.w};
       float part[4];
 #pragma unroll
@@ -350,7 +376,8 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
 #pragma unroll
           for (int i = q; i < q + 4; ++i) {
             const float a = ex2(__fmul_rn(A[i], step[j]));
-            const float x = __fmul_rn(in[j], LAYOUT_B == CONSTANT ? fixed_B[i] : (&b.x)[i - q]);
+            float x = __fmul_rn(in[j], LAYOUT_B == CONSTANT ? fixed_B[i] : (&b.x)[i - q]);
+            if (ROW > N && sub * STATES + i >= N) x = 0.f;  // also where the input is infinite
             if (FIND_S) s[i] = fmaf(a, s[i], x);
             if (FIND_Y) {
               const float C_i = LAYOUT_C == CONSTANT ? fixed_C[i] : (&c.x)[i - q];
@@ -360,7 +387,7 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
           }
         }
       }
-      if (FIND_Y) *(float4*)(s_y + (sub * CHANNELS + mine) * SY + t) = make_float4(part[0], part[1], part[2], part[3]);
+      if (FIND_Y) *(float4*)(s_y + sub * SY_ALL + y_row(mine) + t) = make_float4(part[0], part[1], part[2], part[3]);
     }
 
     if (FIND_S && ((t0 + T) % TILE == 0 || t0 + T >= w.end)) {  // the tile's end
@@ -385,10 +412,10 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
         element(0, c, t);
 #pragma unroll
         for (int e = 0; e < EACH; e += 4) {
-          float4 v = *(const float4*)(s_y + c * SY + t + e);
+          float4 v = *(const float4*)(s_y + y_row(c) + t + e);
 #pragma unroll
           for (int l = 1; l < LANES; ++l) {
-            const float4 more = *(const float4*)(s_y + (l * CHANNELS + c) * SY + t + e);
+            const float4 more = *(const float4*)(s_y + l * SY_ALL + y_row(c) + t + e);
             v.x = __fadd_rn(v.x, more.x);
             v.y = __fadd_rn(v.y, more.y);
             v.z = __fadd_rn(v.z, more.z);
@@ -403,19 +430,19 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
 #pragma unroll
         for (int e = 0; e < EACH; ++e) {
           element(e, c, t);
-          out[e] = s_y[c * SY + t];
+          out[e] = s_y[y_row(c) + t];
 #pragma unroll
-          for (int l = 1; l < LANES; ++l) out[e] = __fadd_rn(out[e], s_y[(l * CHANNELS + c) * SY + t]);
+          for (int l = 1; l < LANES; ++l) out[e] = __fadd_rn(out[e], s_y[l * SY_ALL + y_row(c) + t]);
         }
       }
+      float skip[EACH], gate[EACH];
+      u_now.unpack(skip);
+      z_now.unpack(gate);
 #pragma unroll
       for (int e = 0; e < EACH; ++e) {
         element(e, c, t);
-        if (HAS_D) out[e] = fmaf(s_D[c], to_float(u_now.x[e]), out[e]);
-        if (HAS_Z) {
-          const float gate = to_float(z_now.x[e]);
-          out[e] = __fmul_rn(out[e], __fmul_rn(gate, sigmoid(gate)));
-        }
+        if (HAS_D) out[e] = fmaf(s_D[c], skip[e], out[e]);
+        if (HAS_Z) out[e] = __fmul_rn(out[e], __fmul_rn(gate[e], sigmoid(gate[e])));
       }
       store(y, out, p.sy, t0, w);
     }
@@ -432,7 +459,7 @@ extern "C" __global__ void scan_carry(const __grid_constant__ Params p) {
   if (i >= rows * N) return;
   const int64 row = i / N, b = row / p.channels, channel = row % p.channels;
   const int n = i % N, tiles = (p.length - 1) / TILE + 1;
-  const float A = __fmul_rn(p.A[channel * p.A_channel + n * p.A_state], LOG2E);
+  const float A = finite(__fmul_rn(p.A[channel * p.A_channel + n * p.A_state], LOG2E));
   float H = p.initial ? p.initial[b * p.initial_batch + channel * p.initial_channel + n * p.initial_state] : 0.f;
   constexpr int AHEAD = 16;
   float s[AHEAD], sum[AHEAD];
