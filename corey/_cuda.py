@@ -1,6 +1,6 @@
 """CUDA kernels at run time: NVRTC compiles them, two caches keep them, the driver launches them on torch's stream.
 
-The sources are in kernels/. A variant (source, function, macros, architecture) is compiled when it is first asked for
+The sources are in kernels/. A variant (source, macros, architecture) is compiled when it is first asked for
 and kept on disk, in kernels/ under $COREY_CACHE, else $XDG_CACHE_HOME/corey, else ~/.cache/corey. Nothing here is
 imported by `import corey` on a machine without CUDA, and NVIDIA's packages are imported on first use.
 """
@@ -87,7 +87,7 @@ def function(source: str, name: str, device: int, macros: Macros = ()) -> Functi
         if found is None:
             with torch.cuda.device(device), _relaxed_capture():
                 _bind(device)
-                found = Function(name, device, _cubin(source, name, architecture(device), macros))
+                found = Function(name, device, _cubin(source, architecture(device), macros))
             _functions[key] = found
         return found
 
@@ -332,18 +332,17 @@ def _cuda_headers() -> str:
 # ---- disk cache ------------------------------------------------------------------------------------------------------
 
 
-def _cubin(source: str, name: str, arch: str, macros: Macros) -> bytes:
-    """The variant's machine code, from disk if a sound copy is there, else compiled and put there."""
-    text = repr((_source_hash(source), name, macros, arch, _nvrtc_version()))
+def _cubin(source: str, arch: str, macros: Macros) -> bytes:
+    """The machine code of all kernels of a source, from disk if a sound copy is there, else compiled and put there."""
+    text = repr((_source_hash(source), macros, arch, _nvrtc_version()))
     key = hashlib.sha256(text.encode()).hexdigest()
     directory = _cache_directory()
     path = None if directory is None else directory / f"{key}.cubin"
     cubin = None if path is None else _read_entry(path)
     if cubin is None:
         cubin, _ = _compile(source, arch, macros)
-        if (
-            path is not None and _stamps() == _hashes[source][0]
-        ):  # else a file was saved meanwhile, and the key is stale
+        # Unless a file was saved meanwhile: the key is stale then.
+        if path is not None and _stamps() == _hashes[source][0]:
             _write_entry(path, cubin)
     return cubin
 

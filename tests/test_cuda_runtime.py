@@ -67,7 +67,7 @@ def compilations(sources, monkeypatch):
 
 
 def cubin(arch="sm_90", scale=1):
-    return _cuda._cubin("add.cu", "add", arch, (("SCALE", scale),))
+    return _cuda._cubin("add.cu", arch, (("SCALE", scale),))
 
 
 def entries(tmp_path):
@@ -123,9 +123,12 @@ def test_a_wrong_source_gives_the_compilers_log(sources):
 def test_unknown_names_are_named(sources):
     with pytest.raises(ValueError, match="name: got 'subtract'"):
         _cuda.compile_only("add.cu", "subtract", "sm_90", (("SCALE", 1),))
-    for compile in (_cuda.compile_only, _cuda._cubin):
+    for compile in (
+        lambda: _cuda.compile_only("none.cu", "add", "sm_90", ()),
+        lambda: _cuda._cubin("none.cu", "sm_90", ()),
+    ):
         with pytest.raises(ValueError, match=r"source: got 'none\.cu'"):
-            compile("none.cu", "add", "sm_90", ())
+            compile()
 
 
 @pytest.mark.parametrize("package", ["cuda.core", "cuda.bindings", "cuda.pathfinder"])
