@@ -264,10 +264,34 @@ def print_scan(rows: pd.DataFrame) -> None:
         )
 
 
+def markdown(rows: pd.DataFrame) -> str:
+    """The committed rows as a table: medians in us, ratios to stock, and how far from the highest floor."""
+    lines = [
+        "| (B, D, L) | stock, us | ours, channel-major | ours, token-major | times faster | the same, token-major, "
+        "with stock's copies | floor, us | over it |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for shape, pair in rows.groupby(["batch", "dim", "seqlen"], sort=False):
+        cm, tm = (pair[pair.layout == layout].iloc[0] for layout in ("channel_major", "token_major"))
+        floor = max(cm.hbm_floor_us, cm.mufu_floor_us, cm.issue_floor_us)
+        lines.append(
+            f"| {shape} | {cm.stock_us:.1f} | {cm.latency_us:.1f} | {tm.latency_us:.1f} | {cm.speedup:.2f} | "
+            f"{tm.speedup:.2f} | {floor:.1f} | {cm.over_floor:.1f} |"
+        )
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m corey.kernel_speed", description="Time the CUDA kernels.")
     parser.add_argument("--quick", action="store_true", help="three shapes and fewer rounds")
-    quick = parser.parse_args(arguments).quick
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the table of the committed rows; measures nothing"
+    )
+    asked = parser.parse_args(arguments)
+    quick = asked.quick
+    if asked.markdown:
+        print(markdown(results.read_rows("kernel_speed_scan", "committed")))
+        return 0
     if not torch.cuda.is_available():
         print("corey.kernel_speed measures CUDA kernels, and torch sees no CUDA device here", file=sys.stderr)
         return 1

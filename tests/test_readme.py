@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from corey import claims, results
+from corey import claims, kernel_speed, results
 from corey.paths import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -19,6 +19,11 @@ def test_the_speed_of_the_scan_is_that_of_the_committed_rows():
     ratio = results.read_rows("03_chunk_sweep_baselines", "committed").set_index("form").ratio
     told = [int(times) for times in re.findall(r"(\d+) times as\s+fast", README)]
     assert told == [round(ratio["mamba-minimal, token loop"]), round(ratio["transformers, PyTorch path"])]
+
+
+def test_the_speed_table_is_what_the_committed_rows_say():
+    written = re.search(r"<!-- speed: [^>]* -->\n(.*?)\n?<!-- /speed -->", README, re.DOTALL).group(1)
+    assert written == kernel_speed.markdown(results.read_rows("kernel_speed_scan", "committed"))
 
 
 def test_every_make_command_is_a_target():
