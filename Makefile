@@ -38,7 +38,7 @@ env: $(READY)## set up: once, into .venv (or the active conda environment)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else f"PYTHON: got {sys.version.split()[0]} at {sys.executable}, want 3.11 to 3.13 (make PYTHON=python3.12 ...)")'
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) torch
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable '.[notebooks,longbench,batch,dev]'
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable '.[notebooks,longbench,batch,cuda,dev]'
 	@touch $@
 
 build/.ready-$(CONDA_ENV): environment.yml pyproject.toml
