@@ -1,0 +1,97 @@
+// Runs a CUDA kernel on the CPU, for tests of its logic where there is no GPU. Every thread of a block is a fiber that
+// runs until its next __syncthreads; blocks run one after another, last first, and shared memory starts as garbage. It
+// knows what kernels/selective_scan.cu uses: no shuffles, no atomics, and exp2 and 1/x in place of the GPU's.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <algorithm>
+#include <vector>
+#include <ucontext.h>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) alignas(n)
+using std::max;
+using std::min;
+
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
+inline float __uint_as_float(unsigned bits) { float x; memcpy(&x, &bits, 4); return x; }
+inline unsigned __float_as_uint(float x) { unsigned bits; memcpy(&bits, &x, 4); return bits; }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+template <class T> T __ldg(const T* p) { return *p; }
+
+struct __half { _Float16 x; };
+struct __half2 { __half x, y; };
+inline float __half2float(__half x) { return (float)x.x; }
+inline __half __float2half_rn(float x) { return {(_Float16)x}; }
+inline __half __ushort_as_half(unsigned short bits) { __half x; memcpy(&x, &bits, 2); return x; }
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
+
+struct __nv_bfloat16 { unsigned short bits; };
+struct __nv_bfloat162 { __nv_bfloat16 x, y; };
+inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float((unsigned)x.bits << 16); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  const unsigned bits = __float_as_uint(x);
+  return {(unsigned short)(x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
+
+struct Index { unsigned x, y, z; };
+struct Fiber { ucontext_t context; Index thread; bool done; std::vector<char> stack; };
+inline Index blockIdx, blockDim, gridDim;
+inline Fiber* running;
+inline ucontext_t scheduler;
+inline void* shared_memory;
+#define threadIdx (running->thread)
+inline void __syncthreads() { swapcontext(&running->context, &scheduler); }
+
+template <class Params> void run_grid(void (*kernel)(const Params), const Params& params, unsigned grid, unsigned threads, size_t shared) {
+  static const Params* argument;
+  static void (*entry)(const Params);
+  argument = &params;
+  entry = kernel;
+  gridDim = {grid, 1, 1};
+  blockDim = {threads, 1, 1};
+  std::vector<Fiber> fibers(threads);
+  for (auto& fiber : fibers) fiber.stack.resize(1 << 17);
+  shared_memory = aligned_alloc(128, (shared + 128) / 128 * 128);
+  for (unsigned block = grid; block-- > 0;) {
+    blockIdx = {block, 0, 0};
+    memset(shared_memory, 0xab, shared);
+    for (unsigned t = 0; t < threads; ++t) {
+      Fiber& fiber = fibers[t];
+      fiber.thread = {t, 0, 0};
+      fiber.done = false;
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.data();
+      fiber.context.uc_stack.ss_size = fiber.stack.size();
+      fiber.context.uc_link = &scheduler;
+      makecontext(&fiber.context, +[] { entry(*argument); running->done = true; }, 0);
+    }
+    for (unsigned left = threads; left > 0;) {
+      const unsigned before = left;
+      for (auto& fiber : fibers) {
+        if (fiber.done) continue;
+        running = &fiber;
+        swapcontext(&scheduler, &fiber.context);
+        left -= fiber.done;
+      }
+      if (left != 0 && left != before) { fprintf(stderr, "some threads left the kernel before a barrier of the others\n"); abort(); }
+    }
+  }
+  free(shared_memory);
+}

@@ -1,0 +1,124 @@
+"""kernels/selective_scan.cu compiled for the CPU, so that its logic is tested where there is no GPU."""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from corey import _cuda, _scan_cuda
+from corey.paths import KERNELS
+from corey.scan import _outputs
+
+TENSORS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+KERNELS_OF_SCAN = ("scan_both", "scan_states", "scan_carry", "scan_outputs")
+HERE = Path(__file__).parent
+
+
+class Emulation:
+    """Stands in for `corey._cuda` in `corey._scan_cuda`: the real plans, parameters and source, run by cuda_on_cpu.h."""
+
+    def __init__(self, folder: Path, change=lambda source: source):
+        self.folder, self.change, self.built = folder, change, {}
+
+    def function(self, source, name, device, macros):
+        return _Function(self._library(source, macros), KERNELS_OF_SCAN.index(name))
+
+    def launch(self, function, grid, threads, shared_bytes, params):
+        function.library.run(function.which, bytes(params), grid[0], threads, shared_bytes)
+
+    def source_version(self):
+        return 0
+
+    def _library(self, source, macros):
+        if macros not in self.built:
+            folder = self.folder / str(len(self.built))
+            folder.mkdir()
+            text = (KERNELS / source).read_text().replace("extern __shared__ __align__(16) float memory[];", _MEMORY)
+            (folder / "kernel.cu").write_text(self.change(text))
+            header = (KERNELS / "common.cuh").read_text()
+            header = re.sub(r'asm\("ex2.*\);', "y = exp2f(x);", header)
+            (folder / "common.cuh").write_text(re.sub(r'asm\("rcp.*\);', "y = 1.0f / x;", header))
+            for empty in ("cuda_bf16.h", "cuda_fp16.h"):
+                (folder / empty).write_text("")
+            cases = "".join(
+                f"case {i}: return run_grid({k}, p, grid, threads, shared);" for i, k in enumerate(KERNELS_OF_SCAN)
+            )
+            (folder / "run.cpp").write_text(_RUN % cases)
+            flags = [
+                "-std=c++17",
+                "-O1",
+                "-mfma",
+                "-ffp-contract=off",
+                "-fno-strict-aliasing",
+                "-shared",
+                "-fPIC",
+                "-w",
+            ]
+            defines = [f"-D{name}={value}" for name, value in macros]
+            command = [
+                "g++",
+                *flags,
+                *defines,
+                f"-I{folder}",
+                f"-I{HERE}",
+                "-o",
+                str(folder / "run.so"),
+                str(folder / "run.cpp"),
+            ]
+            subprocess.run(command, check=True)
+            self.built[macros] = ctypes.CDLL(str(folder / "run.so"))
+        return self.built[macros]
+
+
+_MEMORY = "float* memory = (float*)shared_memory;"
+_RUN = """#include "cuda_on_cpu.h"
+#include "kernel.cu"
+extern "C" void run(int which, const void* params, unsigned grid, unsigned threads, unsigned shared) {
+  Params p;
+  memcpy(&p, params, sizeof p);
+  switch (which) { %s }
+}
+"""
+
+
+class _Function:
+    def __init__(self, library, which):
+        self.library, self.which = library, which
+
+    def allow_shared(self, nbytes):
+        pass
+
+
+class _Properties:
+    multi_processor_count = 1  # one pass as soon as there are two blocks
+
+
+@pytest.fixture
+def emulated(tmp_path, monkeypatch):
+    """A function (inputs, chunk_size, change=...) -> y, last state, both written over NaN."""
+    if shutil.which("g++") is None or int(subprocess.check_output(["g++", "-dumpversion"]).split(b".")[0]) < 12:
+        pytest.skip("g++ 12 or later is not installed, which compiles the kernel for the CPU")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: _Properties)
+    emulations = {}
+
+    def outputs(u, A):
+        y, last = _outputs(u, A)
+        return y.fill_(torch.nan), last.fill_(torch.nan)
+
+    def scan(inputs, chunk_size, change=None):
+        if change not in emulations:
+            folder = tmp_path / f"emulation{len(emulations)}"
+            folder.mkdir()
+            emulations[change] = Emulation(folder, *([] if change is None else [change]))
+        for name in ("function", "launch", "source_version"):
+            monkeypatch.setattr(_cuda, name, getattr(emulations[change], name))
+        tensors = tuple(inputs.get(name) for name in TENSORS)
+        plan = _scan_cuda._plan(*tensors[:8], inputs["delta_softplus"], tensors[8], chunk_size)
+        return _scan_cuda._run(plan, tensors, chunk_size, outputs)
+
+    return scan

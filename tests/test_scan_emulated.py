@@ -1,0 +1,74 @@
+"""The CUDA scan's source, run on the CPU: right values, the same bits for every chunk, and breaks that are noticed."""
+
+import pytest
+import torch
+from scan_emulation import emulated  # noqa: F401
+from scan_inputs import OPTIONS, in_float64, make_inputs, relative_error
+
+from corey.scan import selective_scan_ref
+
+f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
+CHUNKS = (None, 128, 256, 384, 2**20 * 128, torch.tensor(200, dtype=torch.int32))
+
+CASES = {
+    "channel-major": {"batch": 2, "dim": 40, "length": 300},
+    "token-major": {"batch": 2, "dim": 40, "length": 300, "layout": "token_major"},
+    "bfloat16, token-major": {"batch": 1, "dim": 72, "length": 400, "dtype": bf16, "layout": "token_major"},
+    "float16, half of a projection": {"batch": 1, "dim": 72, "length": 400, "dtype": f16, "layout": "padded_channels"},
+    "bfloat16, unaligned rows": {"batch": 2, "dim": 33, "length": 257, "dtype": bf16, "layout": "offset"},
+    "no contiguous axis": {"batch": 2, "dim": 36, "length": 300, "layout": "sliced"},
+    "5 states, constant B and C": {
+        "batch": 1,
+        "dim": 33,
+        "length": 260,
+        "states": 5,
+        "B_kind": "constant",
+        "C_kind": "constant",
+    },
+    "64 states, groups": {"batch": 1, "dim": 40, "length": 260, "states": 64, "B_kind": "grouped", "C_kind": "grouped"},
+    "one state, forgetful": {"batch": 1, "dim": 130, "length": 129, "states": 1, "memory": "forgetful"},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_values_are_right_and_chunks_never_change_a_bit(case, emulated):  # noqa: F811
+    inputs = make_inputs(options=OPTIONS, **case)
+    y_64, last_64 = selective_scan_ref(**in_float64(inputs), return_last_state=True)
+    y, last = emulated(inputs, None)
+    rounding = 0 if y.dtype == f32 else 1.05 * relative_error(y_64.to(y.dtype), y_64)
+    assert relative_error(y, y_64) < max(rounding, 1e-6) and relative_error(last, last_64) < 1e-6
+    for chunk_size in CHUNKS:
+        y_chunked, last_chunked = emulated(inputs, chunk_size)
+        assert torch.equal(y_chunked, y) and torch.equal(last_chunked, last)
+
+
+def test_layouts_give_the_same_bits(emulated):  # noqa: F811
+    case = {"batch": 2, "dim": 40, "length": 300, "options": OPTIONS}
+    want = emulated(make_inputs(**case), None)
+    for layout in ("token_major", "offset", "sliced"):
+        got = emulated(make_inputs(layout=layout, **case), 128)
+        assert all(torch.equal(one, other) for one, other in zip(got, want))
+
+
+BREAKS = {
+    "carry dropped": ("return H == 0.f ? s : fmaf(ex2(__fmul_rn(A, sum)), H, s);", "return s;"),
+    "carry stale": ("if (FIND_Y) H[i] = carry(A[i], sum, H[i], s[i]);", ""),
+    "tail dropped": ("w.end = min(w.first + chunk, p.length);", "w.end = min(w.first + chunk, p.length / 8 * 8);"),
+    "last state lost": ("  p.last[i] = H;\n", ""),
+    "beyond the end": ("if (t0 + t >= w.end) step[e] = 0.f;", ""),
+}
+
+
+@pytest.mark.parametrize("old, new", BREAKS.values(), ids=BREAKS)
+def test_a_broken_kernel_is_noticed(old, new, emulated):  # noqa: F811
+    def change(source):
+        assert source.count(old) == 1
+        return source.replace(old, new)
+
+    inputs = make_inputs(batch=1, dim=24, length=300, options=OPTIONS)
+    y_64, last_64 = selective_scan_ref(**in_float64(inputs), return_last_state=True)
+    wrong = False
+    for chunk_size in (128, 2**20 * 128):
+        y, last = emulated(inputs, chunk_size, change)
+        wrong |= not (relative_error(y, y_64) < 1e-3 and relative_error(last, last_64) < 1e-3)
+    assert wrong
