@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 
 
 class Emulation:
-    """Stands in for `corey._cuda` in `corey._scan_cuda`: the real plans, parameters and source, run by cuda_on_cpu.h."""
+    """Stands in for `corey._cuda` in `corey._scan_cuda`: real plans, parameters and source, run by cuda_on_cpu.h."""
 
     def __init__(self, folder: Path, change=lambda source: source):
         self.folder, self.change, self.built = folder, change, {}
