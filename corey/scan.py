@@ -39,7 +39,8 @@ def selective_scan(
 
     u, delta, z: (B, D, L) in float32, float16 or bfloat16, any strides. Token-major views, `x.transpose(1, 2)` of a
         (B, L, D) tensor, are as fast as channel-major ones and never copied.
-    A: (D, N) float32, N from 1 to 256. D, delta_bias: (D,) float32.
+    A: (D, N) float32, N from 1 to 256. D, delta_bias: (D,) float32. Mamba's A is negative; where A > 0 makes a state
+        outgrow float32, it is infinite on the CPU and infinite or NaN on CUDA.
     B, C: (B, N, L), or (B, G, N, L) where G divides D, or (D, N) constants, in the dtypes allowed for u. The dtypes of
         u, delta, z, B and C may differ; arithmetic and state are float32 throughout.
     delta_softplus: apply softplus to delta + delta_bias.
