@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from corey import _cuda
+from corey._operands import CPP_TYPES
 
 SOURCE = "histogram.cu"
 MAX_BINS = 8192  # one counter each then fills the 32 KiB of a block's table
@@ -21,7 +22,6 @@ P_EPS = 1e-10  # as in corey/entropy.py and the kernel
 _THREADS, _DEPTH, _MOST_BLOCKS = 1024, 8, 256  # as in the kernel
 _POOL_THREADS = 512
 _FEW_VALUES = 8192  # up to here one block takes a pool as fast as many
-_TYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 
 _SINK_POINTERS = struct.Struct("=4Q")
 _SINK_NUMBERS = struct.Struct("=2d32f2i")
@@ -41,14 +41,18 @@ def table_bytes(num_bins: int) -> int:
 
 def variant(name: str, dtype: torch.dtype, num_bins: int, unit_stride: bool) -> tuple[str, str, _cuda.Macros]:
     """What `_cuda.function` needs to know of the kernel `name`, except the device."""
-    macros = [(name.removeprefix("histogram_").upper(), 1), ("T_X", _TYPES[dtype]), ("UNIT_STRIDE", int(unit_stride))]
+    macros = [
+        (name.removeprefix("histogram_").upper(), 1),
+        ("T_X", CPP_TYPES[dtype]),
+        ("UNIT_STRIDE", int(unit_stride)),
+    ]
     if name != "histogram_extremes":
         macros += ("POWER_OF_TWO", int(num_bins & (num_bins - 1) == 0)), ("COLUMNS", columns(num_bins))
     return SOURCE, name, tuple(macros)
 
 
-TUNED = [variant(name, dtype, 256, True) for name in ("histogram_extremes", "histogram_entropy") for dtype in _TYPES]
-TUNED += [variant("histogram_pools", dtype, 256, False) for dtype in _TYPES]
+TUNED = [variant(name, dtype, 256, True) for name in ("histogram_extremes", "histogram_entropy") for dtype in CPP_TYPES]
+TUNED += [variant("histogram_pools", dtype, 256, False) for dtype in CPP_TYPES]
 
 
 # ---- where a histogram goes; kernels/histogram.cuh, Sink -------------------------------------------------------------
@@ -119,7 +123,7 @@ def _run(x, num_bins, bounds, log_base, pooled, rule):
     if x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return _run(x, num_bins, bounds, log_base, pooled, rule)
-    if x.dtype not in _TYPES:
+    if x.dtype not in CPP_TYPES:
         x = x.float()
     key = (x.shape, x.stride(), x.dtype, x.data_ptr() & 15, x.device.index, num_bins, bounds, log_base, pooled, rule)
     plan = _plans.get(key)

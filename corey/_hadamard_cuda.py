@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from corey import _cuda
+from corey._operands import CPP_TYPES
 
 SOURCE, NAME = "hadamard.cu", "hadamard_transform"
 WIDEST = 32768
-_CPP_TYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 _WIDEST_IN_A_WARP = 2048
 
 
@@ -39,7 +39,7 @@ def plan(itemsize: int, width: int) -> Plan:
 
 def covers(x: Tensor, width: int) -> bool:
     """Whether the kernel computes this: one of its dtypes and widths, on a GPU with enough shared memory."""
-    if x.dtype not in _CPP_TYPES or not 2 <= width <= WIDEST:
+    if x.dtype not in CPP_TYPES or not 2 <= width <= WIDEST:
         return False
     return plan(x.element_size(), width).shared_bytes <= _shared_bytes_of_a_block(x.device.index)
 
@@ -96,7 +96,7 @@ def macros(dtype: torch.dtype, width: int, load_bytes: int = 16, strided: bool =
     """What kernels/hadamard.cu is compiled with."""
     threads, rows, shared_bytes = plan(dtype.itemsize, width)
     return (
-        ("T_X", _CPP_TYPES[dtype]),
+        ("T_X", CPP_TYPES[dtype]),
         ("LOG_D", width.bit_length() - 1),
         ("LOAD_BYTES", load_bytes),
         ("STRIDED", int(strided)),
@@ -109,7 +109,7 @@ def macros(dtype: torch.dtype, width: int, load_bytes: int = 16, strided: bool =
 
 TUNED = [
     (SOURCE, NAME, macros(dtype, width))
-    for dtype in _CPP_TYPES
+    for dtype in CPP_TYPES
     for width in (64, 512, 1024, 2048, 4096, 8192, 16384, WIDEST)
 ]
 

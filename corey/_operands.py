@@ -1,4 +1,4 @@
-"""Checks of one tensor argument, shared by the convolution and the state update; every refusal names the argument."""
+"""Checks of one tensor argument, shared by the operators; every refusal names the argument."""
 
 import torch
 

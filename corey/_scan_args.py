@@ -2,6 +2,7 @@
 
 import torch
 
+from corey import _operands
 from corey._check import bad_type, bad_value
 
 TILE = 128  # tokens: the unit of arithmetic; a chunk is a whole number of tiles
@@ -14,26 +15,11 @@ _OPTIONAL = ("D", "z", "delta_bias", "initial_state")
 
 def check_types(tensors, delta_softplus, return_last_state):
     """Tensors are strided tensors and flags are bools. `tensors` maps argument names to values."""
-    for name, value in tensors.items():
-        if value is None and name in _OPTIONAL:
-            continue
-        if not isinstance(value, torch.Tensor):
-            raise bad_type(name, value, "a torch.Tensor or None" if name in _OPTIONAL else "a torch.Tensor")
-        if value.layout != torch.strided:
-            raise bad_value(name, f"a tensor of layout {value.layout}", "a dense (strided) tensor")
+    optional = {name: tensors[name] for name in _OPTIONAL}
+    _operands.check_types({name: x for name, x in tensors.items() if name not in optional}, optional)
     for name, value in (("delta_softplus", delta_softplus), ("return_last_state", return_last_state)):
         if not isinstance(value, bool):
             raise bad_type(name, value, "a bool")
-
-
-def check_no_gradient(tensors):
-    """There is no backward yet, and output that silently forgets its inputs would train a wrong model."""
-    asking = [name for name, value in tensors.items() if value is not None and value.requires_grad]
-    if asking:
-        raise RuntimeError(
-            f"{asking[0]}: requires grad, and selective_scan has no backward in this version; call it under "
-            "torch.no_grad(), or use selective_scan_ref, which autograd differentiates"
-        )
 
 
 def check_chunk_size(chunk_size, *, multiple_of, device=None):

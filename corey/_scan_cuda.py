@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from corey import _cuda
+from corey._check import bad_value
+from corey._operands import CPP_TYPES
 from corey._scan_args import TILE, check_chunk_size, check_tensors
 
 SOURCE = "selective_scan.cu"
@@ -13,14 +15,13 @@ THREADS, VECTOR = 128, 8  # as in the kernel: threads a block, elements a thread
 TOKENS_A_THREAD, CHANNELS_A_THREAD, THREADS_ON_TOKENS, THREADS_ON_CHANNELS = range(4)
 VECTORS_OF_TOKENS, VECTORS_OF_STATES, STRIDED, CONSTANT = range(4)
 
-_TYPES = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv_bfloat16"}
 _POINTERS = struct.Struct("=14Q")
 _NUMBERS = struct.Struct("=27q5i4x")
 
 
 def macros(*, dtypes, states, order, vectors=(True,) * 4, projections, z=True, D=True, bias=True, softplus=True):
     """The variant's macros. dtypes: of u, delta, z, B, C; vectors: of u, delta, z, y; projections: of B, C."""
-    named = zip(("T_U", "T_DELTA", "T_Z", "T_B", "T_C"), (_TYPES[dtype] for dtype in dtypes))
+    named = zip(("T_U", "T_DELTA", "T_Z", "T_B", "T_C"), (CPP_TYPES[dtype] for dtype in dtypes))
     wide = zip(("VECTOR_U", "VECTOR_DELTA", "VECTOR_Z", "VECTOR_Y"), (int(vector) for vector in vectors))
     flags = (("HAS_Z", int(z)), ("HAS_D", int(D)), ("HAS_BIAS", int(bias)), ("SOFTPLUS", int(softplus)))
     lie = (("MAP", order), ("LAYOUT_B", projections[0]), ("LAYOUT_C", projections[1]))
@@ -46,6 +47,7 @@ class Plan:
 
 
 _plans: dict[tuple, Plan] = {}
+MOST_PLANS = 4096  # a server meets ever new lengths
 
 
 def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk_size, outputs):
@@ -57,6 +59,8 @@ def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chu
         check_tensors(*tensors)
         if chunk_size is not None:
             check_chunk_size(chunk_size, multiple_of=TILE, device=u.device)
+        if len(_plans) >= MOST_PLANS:
+            _plans.clear()
         plan = _plans[key] = _plan(*tensors[:8], delta_softplus, initial_state, chunk_size)
     return _run(plan, tensors, chunk_size, outputs)
 
@@ -168,8 +172,8 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
     split = isinstance(chunk_size, torch.Tensor) or chunk < tiles
     pieces = blocks * (tiles if isinstance(chunk_size, torch.Tensor) else -(-tiles // chunk))
     rows_of_state = -(-batch * channels * states // 128)
-    if max(pieces, rows_of_state) >= 2**31:
-        raise ValueError(f"u: got shape {tuple(u.shape)}, want fewer than 2^31 blocks of work")
+    if max(pieces, rows_of_state, length + TILE) >= 2**31:
+        raise bad_value("u", f"shape {tuple(u.shape)}", "fewer than 2^31 tokens a sequence and 2^31 blocks of work")
 
     def launch(name, blocks=pieces, threads=THREADS, shared=0):
         function = _cuda.function(SOURCE, name, device, variant)
@@ -178,19 +182,20 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
         return function, (blocks, 1, 1), threads, shared
 
     without, with_outputs = (_shared_bytes(states, outputs) for outputs in (False, True))
-    launches = [launch("scan_both", shared=with_outputs)]
     if split:
-        launches = [
+        launches = (
             launch("scan_states", shared=without),
             launch("scan_carry", rows_of_state, 128),
             launch("scan_outputs", shared=with_outputs),
-        ]
+        )
+    else:
+        launches = (launch("scan_both", shared=with_outputs),)
     numbers = [*u.stride(), *delta.stride(), *gate.stride(), *y_strides]
     numbers += [*_projection_strides(B), *_projection_strides(C), *A.stride()]
     numbers += [0 if x is None else x.stride(0) for x in (D, delta_bias)]
     numbers += (0, 0, 0) if initial_state is None else initial_state.stride()
     numbers += [batch, channels, length, groups, chunk * TILE]
-    return Plan(tuple(launches), tiles * split, _NUMBERS.pack(*numbers), _cuda.source_version())
+    return Plan(launches, tiles * split, _NUMBERS.pack(*numbers), _cuda.source_version())
 
 
 def _chunk(blocks, tiles, processors, chunk_size):

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from corey._check import bad_value
-from corey._scan_args import TILE, check_chunk_size, check_no_gradient, check_tensors, check_types
+from corey._operands import refuse_gradient
+from corey._scan_args import TILE, check_chunk_size, check_tensors, check_types
 
 __all__ = ["TILE", "scan_carried_ref", "scan_reset_ref", "selective_scan", "selective_scan_ref"]
 
@@ -71,7 +72,7 @@ def selective_scan(
     if chunk_size is not None:
         check_chunk_size(chunk_size, multiple_of=TILE, device=u.device)
     if torch.is_grad_enabled():
-        check_no_gradient(tensors)
+        refuse_gradient("selective_scan", tensors)
     chunk, device_chunk = (None, chunk_size) if isinstance(chunk_size, torch.Tensor) else (chunk_size, None)
     y, last_state = torch.ops.corey.selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk, device_chunk
@@ -145,7 +146,7 @@ def _scan_fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_stat
 def _refuse_backward(ctx, inputs, output):
     """Reached only when grad is enabled and an input requires it: refuse in the forward, not later in the backward."""
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus", "initial_state", "chunk_size")
-    check_no_gradient({name: x for name, x in zip(names, inputs) if isinstance(x, torch.Tensor)})
+    refuse_gradient("selective_scan", {name: x for name, x in zip(names, inputs) if isinstance(x, torch.Tensor)})
 
 
 def _no_backward(ctx, *gradients):

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 class Emulation:
     """Stands in for `corey._cuda` in `corey._scan_cuda`: real plans, parameters and source, run by cuda_on_cpu.h."""
 
-    def __init__(self, folder: Path, change=lambda source: source):
+    def __init__(self, folder: Path, change):
         self.folder, self.change, self.built = folder, change, {}
 
     def function(self, source, name, device, macros):
@@ -38,7 +38,7 @@ class Emulation:
             folder = self.folder / str(len(self.built))
             folder.mkdir()
             text = (KERNELS / source).read_text().replace("extern __shared__ __align__(16) float memory[];", _MEMORY)
-            (folder / "kernel.cu").write_text(self.change(text))
+            (folder / "kernel.cu").write_text(self.change(text) if self.change else text)
             header = (KERNELS / "common.cuh").read_text()
             header = re.sub(r'asm\("ex2.*\);', "y = exp2f(x);", header)
             (folder / "common.cuh").write_text(re.sub(r'asm\("rcp.*\);', "y = 1.0f / x;", header))
@@ -114,7 +114,7 @@ def emulated(tmp_path, monkeypatch):
         if change not in emulations:
             folder = tmp_path / f"emulation{len(emulations)}"
             folder.mkdir()
-            emulations[change] = Emulation(folder, *([] if change is None else [change]))
+            emulations[change] = Emulation(folder, change)
         for name in ("function", "launch", "source_version"):
             monkeypatch.setattr(_cuda, name, getattr(emulations[change], name))
         tensors = tuple(inputs.get(name) for name in TENSORS)
