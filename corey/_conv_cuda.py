@@ -7,6 +7,7 @@ import torch
 
 from corey import _cuda, _entropy_cuda
 from corey._operands import CPP_TYPES
+from corey._plans import ABSENT, Plans, alignment, empty
 
 SOURCE = "causal_conv1d.cu"
 MAX_BINS = _entropy_cuda.MAX_BINS
@@ -14,18 +15,19 @@ CHANNELS = 4  # a thread of the token-major kernel moves at once
 WALKS = (32, 16, 8)  # tokens a thread of it walks: the most that leaves every multiprocessor full
 VECTORS = 4  # a thread of the channel-major kernel computes, as in the kernel
 
-_THREADS = 256
-_UPDATE_THREADS = 128
-_RESIDENT = 768  # threads of the token-major kernel on a multiprocessor at a time
+_THREADS, _UPDATE_THREADS = 256, 128  # as in the kernel
+_WALKERS, _COUNTING_WALKERS = 256, 512  # threads of the token-major kernel, as there
+# Threads of the token-major kernel that keep a multiprocessor busy. One that counts goes on to another walk with a gap
+# between the two, so that all walks at once are better even if they leave some places empty.
+_RESIDENT, _COUNTING_RESIDENT = 768, 480
 
 _POINTERS = struct.Struct("=6Q")
 _NUMBERS = struct.Struct("=10qIiii")
-_RANGE = struct.Struct("=2d")
 _UPDATE_POINTERS = struct.Struct("=5Q")
 _UPDATE_NUMBERS = struct.Struct("=8q")
 
 
-def macros(dtype, weight_dtype, width, silu, channels=1, num_bins=0):
+def macros(dtype, weight_dtype, width, silu, channels=1, num_bins=0, quick=False):
     """What kernels/causal_conv1d.cu is compiled with. num_bins: 0 where nothing is counted."""
     counts = 0 if num_bins == 0 else 2 if num_bins & (num_bins - 1) == 0 else 1
     return (
@@ -36,12 +38,16 @@ def macros(dtype, weight_dtype, width, silu, channels=1, num_bins=0):
         ("VECTOR", channels),
         ("HISTOGRAM", counts),
         ("COLUMNS", _entropy_cuda.columns(num_bins) if num_bins else 0),
+        ("QUICK", int(quick)),
     )
 
 
 TUNED = [
-    (SOURCE, name, macros(dtype, dtype, 4, True, channels, num_bins))
-    for dtype, num_bins in (*((dtype, 0) for dtype in CPP_TYPES), (torch.bfloat16, 256))
+    (SOURCE, name, macros(dtype, dtype, 4, True, channels, num_bins, quick))
+    for dtype, num_bins, quick in (
+        *((dtype, 0, False) for dtype in CPP_TYPES),
+        *((dtype, 256, quick) for dtype in CPP_TYPES for quick in (False, True)),
+    )
     for name, channels in (("causal_conv1d_token_major", CHANNELS), ("causal_conv1d_channel_major", 1))
 ] + [(SOURCE, "causal_conv1d_update", macros(torch.bfloat16, torch.bfloat16, 4, True))]
 
@@ -58,7 +64,7 @@ class Plan:
     version: int
 
 
-_plans: dict[tuple, Plan] = {}
+_plans, _update_plans = Plans(), Plans()
 
 
 def convolve(x, weight, bias, silu, initial_state, check, outputs, counting=None):
@@ -66,15 +72,16 @@ def convolve(x, weight, bias, silu, initial_state, check, outputs, counting=None
 
     check(x, weight, bias, initial_state) raises for bad arguments; outputs(x, weight) makes y and the last state.
     """
-    if x.device.index != torch.cuda.current_device():
+    if x.get_device() != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return convolve(x, weight, bias, silu, initial_state, check, outputs, counting)
     tensors = (x, weight, bias, initial_state)
-    key = (silu, counting, *map(_layout, tensors))
-    plan = _plans.get(key)
-    if plan is None or plan.version != _cuda.source_version():
+
+    def make():
         check(*tensors)
-        plan = _plans[key] = _plan(x, weight, silu, initial_state, counting)
+        return _plan(x, weight, silu, initial_state, counting)
+
+    plan = _plans.get((silu, counting), tensors, make)
     y, last = outputs(x, weight)
     results = (y, last)
     if plan.grid[0] == 0:
@@ -86,38 +93,109 @@ def convolve(x, weight, bias, silu, initial_state, check, outputs, counting=None
         entropy = x.new_empty((), dtype=torch.float32)
         chunk = x.new_empty((), dtype=torch.int32)
         num_bins, lo, hi, least, least_chunk = counting
-        pointers, _held = _entropy_cuda.sink_pointers(x.device.index, 1, num_bins, entropy, chunk)
+        pointers, _, _held = _entropy_cuda.sink_pointers(x.device.index, 1, num_bins, entropy, chunk)
         numbers = _entropy_cuda.sink_numbers(x.numel(), 1.0, least, least_chunk)
-        params += _RANGE.pack(lo, hi - lo) + pointers + numbers
+        bins, _ = _entropy_cuda.fixed_bins(lo, hi, num_bins, x.dtype)
+        params += pointers + numbers + bins
         results += (entropy, chunk)
-    _cuda.launch(plan.function, plan.grid, plan.threads, plan.shared_bytes, params)
+    _cuda.launch(plan.function, plan.grid, plan.threads, plan.shared_bytes, params, early=True)
     return results
+
+
+def convolve_again(x, weight, bias, silu, initial_state, outputs):
+    """y and the last state, where arguments are like those of an earlier call, which was checked; else None."""
+    try:
+        addresses = (
+            x.data_ptr(),
+            weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if initial_state is None else initial_state.data_ptr(),
+        )
+        options = (x.shape, silu, alignment(*addresses))
+        compared = (
+            x,
+            weight,
+            ABSENT[0] if bias is None else bias,
+            ABSENT[1] if initial_state is None else initial_state,
+        )
+        found = _plans.find(options, compared)
+    except (AttributeError, TypeError, RuntimeError):  # not tensors: the checks will say so
+        return None
+    if found is not None:
+        plan, (y, last) = found
+        y, last = empty(*y), empty(*last)
+        _launch(plan, _POINTERS.pack(*addresses, y.data_ptr(), last.data_ptr()))
+        return y, last
+    if x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return convolve_again(x, weight, bias, silu, initial_state, outputs)
+    plan = _plans.known((silu, None), (x, weight, bias, initial_state))
+    if plan is None or plan.grid[0] == 0 or not _is_packed(weight) or not _is_packed(bias):
+        return None
+    y, last = outputs(x, weight)
+    _launch(plan, _POINTERS.pack(*addresses, y.data_ptr(), last.data_ptr()))
+    _plans.keep(plan, (y, last), options, compared)
+    return y, last
 
 
 def update(x, conv_state, weight, bias, silu, check):
     """y; conv_state is updated. check(x, conv_state, weight, bias) raises for bad arguments."""
-    if x.device.index != torch.cuda.current_device():
+    if x.get_device() != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return update(x, conv_state, weight, bias, silu, check)
     tensors = (x, conv_state, weight, bias)
-    key = (silu, *map(_layout, tensors))
-    plan = _plans.get(key)
-    if plan is None or plan.version != _cuda.source_version():
+
+    def make():
         check(*tensors)
-        plan = _plans[key] = _update_plan(x, conv_state, weight, silu)
+        return _update_plan(x, conv_state, weight, silu)
+
+    plan = _update_plans.get((silu,), tensors, make)
     y = x.new_empty(x.shape)
     if plan.grid[0] == 0:
         return y
     weight, bias = _packed(weight), _packed(bias)
-    params = _UPDATE_POINTERS.pack(*map(_address, (x, conv_state, weight, bias, y))) + plan.numbers
-    _cuda.launch(plan.function, plan.grid, plan.threads, plan.shared_bytes, params)
+    _launch(plan, _UPDATE_POINTERS.pack(*map(_address, (x, conv_state, weight, bias, y))))
     return y
 
 
-def _layout(tensor):
-    if tensor is None:
+def update_again(x, conv_state, weight, bias, silu):
+    """The same for arguments like those of an earlier call, whose checks need not be repeated; else None."""
+    try:
+        addresses = (
+            x.data_ptr(),
+            conv_state.data_ptr(),
+            weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+        )
+        options = (x.shape, silu, alignment(*addresses))
+        compared = (
+            x,
+            conv_state,
+            weight,
+            ABSENT[0] if bias is None else bias,
+        )
+        found = _update_plans.find(options, compared)
+    except (AttributeError, TypeError, RuntimeError):  # not tensors: the checks will say so
         return None
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() & 15, tensor.device.index
+    if found is not None:
+        plan, (y,) = found
+        y = empty(*y)
+        _launch(plan, _UPDATE_POINTERS.pack(*addresses, y.data_ptr()))
+        return y
+    if x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return update_again(x, conv_state, weight, bias, silu)
+    plan = _update_plans.known((silu,), (x, conv_state, weight, bias))
+    if plan is None or plan.grid[0] == 0 or not _is_packed(weight) or not _is_packed(bias):
+        return None
+    y = x.new_empty(x.shape)
+    _launch(plan, _UPDATE_POINTERS.pack(*addresses, y.data_ptr()))
+    _update_plans.keep(plan, (y,), options, compared)
+    return y
+
+
+def _launch(plan, pointers):
+    _cuda.launch(plan.function, plan.grid, plan.threads, plan.shared_bytes, pointers + plan.numbers, early=True)
 
 
 def _address(tensor):
@@ -126,9 +204,11 @@ def _address(tensor):
 
 def _packed(parameter):
     """weight or bias as the kernels read them; a copy only of what no module keeps so."""
-    if parameter is None or (parameter.is_contiguous() and parameter.data_ptr() % 16 == 0):
-        return parameter
-    return parameter.clone(memory_format=torch.contiguous_format)
+    return parameter if _is_packed(parameter) else parameter.clone(memory_format=torch.contiguous_format)
+
+
+def _is_packed(parameter):
+    return parameter is None or (parameter.is_contiguous() and parameter.data_ptr() % 16 == 0)
 
 
 # ---- plans -----------------------------------------------------------------------------------------------------------
@@ -144,22 +224,28 @@ def _plan(x, weight, silu, initial_state, counting):
         return Plan(None, (0, 1, 1), 0, 0, b"", _cuda.source_version())
     device = x.device.index
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    num_bins = counting[0] if counting else 0
+    num_bins, quick = 0, False
+    if counting:
+        num_bins, lo, hi, *_ = counting
+        _, quick = _entropy_cuda.fixed_bins(lo, hi, num_bins, x.dtype)
     if token_major(x):
         name = "causal_conv1d_token_major"
         channels = CHANNELS if _channels_are_vectors(x) else 1
-        blocks, segments, lanes, walk = _token_major_split(batch, dim, length, channels, processors)
+        busy = processors * (_COUNTING_RESIDENT if counting else _RESIDENT)
+        threads = _COUNTING_WALKERS if counting else _WALKERS
+        blocks, segments, lanes, walk = _token_major_split(batch, dim, length, channels, busy, threads)
     else:
         name = "causal_conv1d_channel_major"
         channels = 1
+        threads = _THREADS
         blocks, segments, lanes = _channel_major_split(batch, dim, length, 16 // x.dtype.itemsize)
         walk = 0
     if blocks >= 2**31:
         raise ValueError(f"x: got shape {tuple(x.shape)}, which is more than 2^31 blocks of work for one launch")
-    variant = macros(x.dtype, weight.dtype, weight.shape[1], silu, channels, num_bins)
+    variant = macros(x.dtype, weight.dtype, weight.shape[1], silu, channels, num_bins, quick)
     function = _cuda.function(SOURCE, name, device, variant)
     shared = _entropy_cuda.table_bytes(num_bins) if counting else 0
-    grid = min(blocks, processors * max(function.blocks_per_sm(_THREADS, shared), 1)) if counting else blocks
+    grid = min(blocks, processors * max(function.blocks_per_sm(threads, shared), 1)) if counting else blocks
     numbers = _NUMBERS.pack(
         batch,
         dim,
@@ -172,7 +258,7 @@ def _plan(x, weight, silu, initial_state, counting):
         walk,
         num_bins,
     )
-    return Plan(function, (grid, 1, 1), _THREADS, shared, numbers, _cuda.source_version())
+    return Plan(function, (grid, 1, 1), threads, shared, numbers, _cuda.source_version())
 
 
 def _channels_are_vectors(x):
@@ -182,15 +268,18 @@ def _channels_are_vectors(x):
     return x.stride(1) == 1 and aligned and all(step % CHANNELS == 0 for step in steps)
 
 
-def _token_major_split(batch, dim, length, channels, processors):
-    """Blocks of work, walks a batch row, lanes side by side over channels, tokens a walk."""
+def _token_major_split(batch, dim, length, channels, busy, threads):
+    """Blocks of work, walks a batch row, lanes side by side over channels, tokens a walk.
+
+    The longest walks of which there are `busy`, for the device; `threads` walk in a block.
+    """
     columns = -(-dim // channels)
     fitting = [walk for walk in WALKS if walk <= max(length, WALKS[-1])]
-    full = [walk for walk in fitting if columns * batch * (length // walk) >= processors * _RESIDENT]
+    full = [walk for walk in fitting if columns * batch * (length // walk) >= busy]
     walk = max(full, default=fitting[-1])
     segments = -(-length // walk)
     lanes = min(32, _power_of_two(columns))
-    walkers = _THREADS // lanes
+    walkers = threads // lanes
     return -(-batch * segments // walkers) * -(-columns // lanes), segments, lanes, walk
 
 

@@ -1,8 +1,8 @@
 """CUDA kernels at run time: NVRTC compiles them, two caches keep them, the driver launches them on torch's stream.
 
 The sources are in kernels/. A variant (source, macros, architecture) is compiled when it is first asked for
-and kept on disk, in kernels/ under $COREY_CACHE, else $XDG_CACHE_HOME/corey, else ~/.cache/corey. Nothing here is
-imported by `import corey` on a machine without CUDA, and NVIDIA's packages are imported on first use.
+and kept on disk, in kernels/ under $COREY_CACHE, else $XDG_CACHE_HOME/corey, else ~/.cache/corey. NVIDIA's packages are
+imported on first use.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ import warnings
 from contextlib import contextmanager
 from ctypes import addressof, c_char, c_void_p
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ _lock = threading.RLock()
 class Function:
     """A kernel loaded on one device.
 
-    handle: the CUfunction, an int. registers: a thread. local_bytes: a thread, above 0 where registers spill.
+    handle: the CUfunction. registers: a thread. local_bytes: a thread, above 0 where registers spill.
     shared_bytes: static, a block. max_threads: a block. param_bytes: the size of the kernel's one argument.
     """
 
@@ -51,7 +52,7 @@ class Function:
         _call(driver.cuFuncLoad, function)  # now, as a first launch inside a graph capture could not
         self.name = name
         self.device = device
-        self.handle = int(function)
+        self.handle = function
         self.registers = _call(driver.cuFuncGetAttribute, attribute.CU_FUNC_ATTRIBUTE_NUM_REGS, function)
         self.local_bytes = _call(driver.cuFuncGetAttribute, attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function)
         self.shared_bytes = _call(driver.cuFuncGetAttribute, attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function)
@@ -65,13 +66,11 @@ class Function:
         """Lets a launch ask for up to nbytes of dynamic shared memory; above 48 KiB this is needed."""
         driver = _driver()
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _call(driver.cuFuncSetAttribute, driver.CUfunction(self.handle), limit, nbytes)
+        _call(driver.cuFuncSetAttribute, self.handle, limit, nbytes)
 
     def blocks_per_sm(self, threads: int, shared_bytes: int) -> int:
         """How many blocks of so many threads and dynamic shared bytes one multiprocessor holds at a time."""
-        driver = _driver()
-        handle = driver.CUfunction(self.handle)
-        return _call(driver.cuOccupancyMaxActiveBlocksPerMultiprocessor, handle, threads, shared_bytes)
+        return _call(_driver().cuOccupancyMaxActiveBlocksPerMultiprocessor, self.handle, threads, shared_bytes)
 
 
 def function(source: str, name: str, device: int, macros: Macros = ()) -> Function:
@@ -120,8 +119,8 @@ class _Arguments(threading.local):
         self.buffer = (c_char * 4096)()
         self.view = memoryview(self.buffer).cast("B")
         self.pointers = (c_void_p * 1)(addressof(self.buffer))
-        self.address = addressof(self.pointers)
-        self.launch = _driver().cuLaunchKernel
+        # What a launch needs, in one attribute, as each one of a `local` is looked up by thread.
+        self.ready = self.view, addressof(self.pointers), _driver().cuLaunchKernel, torch._C._cuda_getCurrentRawStream
         _bind(torch.cuda.current_device())
 
 
@@ -134,20 +133,32 @@ def launch(
     threads: int,
     shared_bytes: int,
     params: bytes | bytearray | memoryview,
+    *,
+    together: bool = False,
+    early: bool = False,
 ) -> None:
     """Puts the kernel on torch's current stream of the function's device, which must be the current device.
 
     params: the bytes of the one struct the kernel takes. Raises ValueError if their number is not the struct's size,
     and RuntimeError with the driver's error. Does not synchronise.
+    together: the blocks wait for each other, so all must be resident at a time (a cooperative launch).
+    early: the kernel calls wait_for_earlier_kernels (kernels/common.cuh), so that with EARLY_LAUNCHES it may begin
+        while the kernel before it ends.
     """
     size = len(params)
     if size != function.param_bytes:
         raise bad_value("params", f"{size} bytes", f"the {function.param_bytes} bytes that {function.name} takes")
-    arguments = _arguments or _make_arguments()
-    arguments.view[:size] = params
-    stream = torch._C._cuda_getCurrentRawStream(function.device)
+    view, address, launch, stream = (_arguments or _make_arguments()).ready
+    view[:size] = params
     x, y, z = grid
-    (error,) = arguments.launch(function.handle, x, y, z, threads, 1, 1, shared_bytes, stream, arguments.address, 0)
+    if together:
+        launch = _driver().cuLaunchCooperativeKernel
+        (error,) = launch(function.handle, x, y, z, threads, 1, 1, shared_bytes, stream(function.device), address)
+    elif early and EARLY_LAUNCHES and _starts_early(function.device):
+        config = _early.config(grid, threads, shared_bytes, stream(function.device))
+        (error,) = _driver().cuLaunchKernelEx(config, function.handle, address, 0)
+    else:
+        (error,) = launch(function.handle, x, y, z, threads, 1, 1, shared_bytes, stream(function.device), address, 0)
     if error:
         raise RuntimeError(
             f"launch of {function.name} on cuda:{function.device}, grid {grid}, {threads} threads, "
@@ -161,6 +172,38 @@ def _make_arguments() -> _Arguments:
         if _arguments is None:
             _arguments = _Arguments()
         return _arguments
+
+
+EARLY_LAUNCHES = False
+
+
+class _Early(threading.local):
+    """One thread's configuration of a launch that may begin early ("programmatic dependent launch")."""
+
+    def __init__(self):
+        self._config = None
+
+    def config(self, grid: tuple[int, int, int], threads: int, shared_bytes: int, stream: int):
+        config = self._config
+        if config is None:
+            driver = _driver()
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            self._config = config = driver.CUlaunchConfig()
+            config.blockDimY = config.blockDimZ = config.numAttrs = 1
+            config.attrs = [attribute]
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.sharedMemBytes, config.hStream = threads, shared_bytes, stream
+        return config
+
+
+_early = _Early()
+
+
+@cache
+def _starts_early(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 # ---- scratch ---------------------------------------------------------------------------------------------------------

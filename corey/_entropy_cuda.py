@@ -1,14 +1,16 @@
 """Histogram entropy on CUDA: how a call's values lie in memory, which kernels of kernels/histogram.cu they need.
 
-The result and the chunk stay on the device. Bins over a fixed range cost one launch and one pass over the data, bins
-over the tensor's own range two of each, and many small pools one launch. Counts are integers, so the result is the same
-bit for bit in every run.
+The result and the chunk stay on the device. A call is one launch. Bins over a fixed range take one pass over the data;
+bins over the tensor's own range take two, of which the second finds up to 128 KiB a multiprocessor in registers and
+more in L2. Counts are integers, so the result is the same bit for bit in every run.
 """
 
 import math
 import struct
 from dataclasses import dataclass
+from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,14 +21,19 @@ SOURCE = "histogram.cu"
 MAX_BINS = 8192  # one counter each then fills the 32 KiB of a block's table
 P_EPS = 1e-10  # as in corey/entropy.py and the kernel
 
+# Bins over a pool's own range: one cooperative launch, or a launch that finds the range before the one that counts.
+ONE_LAUNCH = True
+
 _THREADS, _DEPTH, _MOST_BLOCKS = 1024, 8, 256  # as in the kernel
 _POOL_THREADS = 512
 _FEW_VALUES = 8192  # up to here one block takes a pool as fast as many
 
 _SINK_POINTERS = struct.Struct("=4Q")
-_SINK_NUMBERS = struct.Struct("=2d32f2i")
+_SINK_NUMBERS = struct.Struct("=Q2d32f2i")
 _POINTERS = struct.Struct("=2Q")
-_NUMBERS = struct.Struct("=2d6q15I4x")
+_NUMBERS = struct.Struct("=6q15I")
+BINS = struct.Struct("=6f")
+_PADDING = bytes(-(_NUMBERS.size + BINS.size) % 8)
 
 
 def columns(num_bins: int) -> int:
@@ -39,7 +46,17 @@ def table_bytes(num_bins: int) -> int:
     return ((num_bins + 1) * columns(num_bins) + 3) // 4 * 16
 
 
-def variant(name: str, dtype: torch.dtype, num_bins: int, unit_stride: bool) -> tuple[str, str, _cuda.Macros]:
+def copies(num_bins: int) -> int:
+    """Copies of a pool's counts in global memory: `finish` in the kernel."""
+    return max(1, columns(num_bins) // 4)
+
+
+FIXED, FOUND, OWN = range(3)  # RANGE in the kernel
+
+
+def variant(
+    name: str, dtype: torch.dtype, num_bins: int, unit_stride: bool, bounds: int = FIXED, quick: bool = False
+) -> tuple[str, str, _cuda.Macros]:
     """What `_cuda.function` needs to know of the kernel `name`, except the device."""
     macros = [
         (name.removeprefix("histogram_").upper(), 1),
@@ -48,11 +65,57 @@ def variant(name: str, dtype: torch.dtype, num_bins: int, unit_stride: bool) -> 
     ]
     if name != "histogram_extremes":
         macros += ("POWER_OF_TWO", int(num_bins & (num_bins - 1) == 0)), ("COLUMNS", columns(num_bins))
+    if name == "histogram_entropy":
+        macros += ("RANGE", bounds), ("QUICK", int(quick))
     return SOURCE, name, tuple(macros)
 
 
-TUNED = [variant(name, dtype, 256, True) for name in ("histogram_extremes", "histogram_entropy") for dtype in CPP_TYPES]
+TUNED = [variant("histogram_extremes", dtype, 256, True) for dtype in CPP_TYPES]
+TUNED += [
+    variant("histogram_entropy", dtype, 256, True, *how)
+    for how in ((FIXED, True), (FIXED, False), (FOUND,), (OWN,))
+    for dtype in CPP_TYPES
+]
 TUNED += [variant("histogram_pools", dtype, 256, False) for dtype in CPP_TYPES]
+
+
+# ---- bins; kernels/histogram.cuh, Bins -------------------------------------------------------------------------------
+
+
+@cache
+def fixed_bins(lo: float, hi: float, num_bins: int, dtype: torch.dtype | None) -> tuple[bytes, bool]:
+    """`Bins` over [lo, hi], and whether they are for ONE_PRODUCT: it puts every value of `dtype` where EXACT does.
+
+    The 16-bit types have 2^16 values, so all are tried; in fp32 a width that is a power of two is divided by exactly.
+    """
+    with np.errstate(all="ignore"):
+        low, span, count = np.float32(lo), np.float32(hi - lo), np.float32(num_bins)
+        scale = np.ldexp(np.float32(1), -max(int(np.frexp(span)[1]), -125))
+        if not np.isfinite(scale * low):
+            scale = np.float32(1)
+        width = span * scale
+        inverse = np.minimum(np.float32(1) / width, np.finfo(np.float32).max)
+        inverse_low = np.float32(1.0 - np.float64(width) * np.float64(inverse)) * inverse
+        quick = None
+        if dtype == torch.float32:
+            quick = inverse if np.frexp(width)[0] == 0.5 else None
+        elif dtype is not None:
+            above = _all_values(dtype) - low
+            exact = np.floor((above / span * count).clip(0, count))
+            scaled = (above * scale).clip(0, 1)
+            for candidate in inverse, np.nextafter(inverse, np.inf), np.nextafter(inverse, -np.inf):
+                if np.array_equal(exact, np.floor((scaled * candidate).clip(0, 1) * count)):
+                    quick = candidate
+                    break
+        numbers = scale, -scale * low, width, inverse if quick is None else quick, inverse_low, count
+    return BINS.pack(*map(float, numbers)), quick is not None
+
+
+@cache
+def _all_values(dtype: torch.dtype) -> np.ndarray:
+    """Every value of a 16-bit floating type but NaN, in fp32."""
+    values = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).float().numpy()
+    return values[~np.isnan(values)]
 
 
 # ---- where a histogram goes; kernels/histogram.cuh, Sink -------------------------------------------------------------
@@ -61,24 +124,30 @@ TUNED += [variant("histogram_pools", dtype, 256, False) for dtype in CPP_TYPES]
 def sink_numbers(size: int, log_base: float, least: tuple[float, ...] = (), least_chunk: int = 0) -> bytes:
     """size: values in a pool. least: nats, ascending: the least entropies of the chunks 2, 4, ... times least_chunk."""
     padded = (*least, *(0.0,) * (32 - len(least)))
-    return _SINK_NUMBERS.pack(1.0 / (size + P_EPS), 1.0 / log_base, *padded, len(least), least_chunk)
+    return _SINK_NUMBERS.pack(size, 1.0 / (size + P_EPS), 1.0 / log_base, *padded, len(least), least_chunk)
 
 
 def sink_pointers(
-    device: int, pools: int, num_bins: int, entropy: Tensor | None, chunk: Tensor | None
-) -> tuple[bytes, Tensor]:
-    """The bytes, and a tensor to hold until after the launch. The device must be current.
+    device: int, pools: int, num_bins: int, entropy: Tensor | None, chunk: Tensor | None, extremes: int = 0
+) -> tuple[bytes, int, Tensor]:
+    """The bytes, the address of the extremes, and a tensor to hold until after the launch. The device must be current.
 
-    entropy: fp32, one a pool. chunk: int32, of the only pool.
+    entropy: fp32, one a pool. chunk: int32, of the only pool. extremes: how many of 8 bytes, which the kernel leaves
+    zero as it does the counts.
     """
-    held = _cuda.scratch(device, pools * 8 * (num_bins + 1), "histogram")
-    counts = held.data_ptr()
-    return _SINK_POINTERS.pack(
-        counts,
-        counts + pools * 8 * num_bins,
-        0 if entropy is None else entropy.data_ptr(),
-        0 if chunk is None else chunk.data_ptr(),
-    ), held
+    counts, begun = 8 * pools * copies(num_bins) * num_bins, 4 * (pools + pools % 2)
+    held = _cuda.scratch(device, counts + begun + 8 * extremes, "histogram")
+    start = held.data_ptr()
+    return (
+        _SINK_POINTERS.pack(
+            start,
+            start + counts,
+            0 if entropy is None else entropy.data_ptr(),
+            0 if chunk is None else chunk.data_ptr(),
+        ),
+        start + counts + begun,
+        held,
+    )
 
 
 # ---- plans -----------------------------------------------------------------------------------------------------------
@@ -94,7 +163,8 @@ class Plan:
     shared_bytes: int
     kept_shape: tuple[int, ...]
     pools: int
-    extremes: int  # pairs of floats between two launches
+    extremes: int  # pairs of floats that blocks tell each other
+    together: bool  # whether the blocks wait for each other, so that they must be resident together
     counted: bool  # whether counts pass through global memory
     sink_numbers: bytes
     numbers: bytes
@@ -139,16 +209,14 @@ def _run(x, num_bins, bounds, log_base, pooled, rule):
 
     result = x.new_empty(plan.kept_shape, dtype=torch.float32 if rule is None else torch.int32)
     if plan.counted:
-        sink, held = sink_pointers(x.device.index, plan.pools, num_bins, *((None, result) if rule else (result, None)))
+        outcome = (None, result) if rule else (result, None)
+        sink, extremes, _held = sink_pointers(x.device.index, plan.pools, num_bins, *outcome, plan.extremes)
     else:
-        held = None
+        extremes = 0
         sink = _SINK_POINTERS.pack(0, 0, *((0, result.data_ptr()) if rule else (result.data_ptr(), 0)))
-    extremes = x.new_empty(2 * plan.extremes, dtype=torch.float32) if plan.extremes else None
-    addresses = _POINTERS.pack(x.data_ptr(), 0 if extremes is None else extremes.data_ptr())
-    params = sink + plan.sink_numbers + addresses + plan.numbers
+    params = sink + plan.sink_numbers + _POINTERS.pack(x.data_ptr(), extremes) + plan.numbers
     for function in plan.functions:
-        _cuda.launch(function, plan.grid, plan.threads, plan.shared_bytes, params)
-    del held
+        _cuda.launch(function, plan.grid, plan.threads, plan.shared_bytes, params, together=plan.together, early=True)
     return result
 
 
@@ -196,38 +264,43 @@ def _plan(x: Tensor, view: _View, num_bins, bounds, log_base, rule) -> Plan:
     vector = 16 // x.dtype.itemsize if unit_stride else 1
     tiles = max(1, math.ceil(inner // vector / (32 * _DEPTH)))
 
+    bins, quick = fixed_bins(*(bounds or (0.0, 1.0)), num_bins, None if small else x.dtype)
     members = skip = 1
+    together = False
     if small:
         members = _pools_a_block(view, pools, x.dtype.itemsize, columns(num_bins), processors)
         grid = (math.ceil(pools / members), 1, 1)
         threads = _POOL_THREADS if members * size > 2048 else 128
-        names = ("histogram_pools",)
+        variants = [variant("histogram_pools", x.dtype, num_bins, unit_stride)]
     else:
         all_tiles = rows_outer * rows_inner * tiles
         blocks = max(1, min(processors // pools, math.ceil(all_tiles / 4), _MOST_BLOCKS))
         grid = (blocks, pools, 1)
         threads = _THREADS
         skip = blocks * (_THREADS // 32)
-        names = ("histogram_entropy",) if bounds else ("histogram_extremes", "histogram_entropy")
+        one_launch = ONE_LAUNCH or blocks == 1
+        how = FIXED if bounds else OWN if one_launch else FOUND
+        together = how == OWN and blocks > 1
+        variants = [variant("histogram_entropy", x.dtype, num_bins, unit_stride, how, quick)]
+        if how == FOUND:
+            variants.insert(0, variant("histogram_extremes", x.dtype, num_bins, unit_stride))
 
-    lo, hi = bounds or (0.0, 0.0)
     (_, pool_outer), (pools_inner, pool_inner) = view.kept
     starts = (pool_outer, pool_inner, outer_stride, inner_stride)
     singles = unit_stride and (x.data_ptr() % 16 or any(s % vector for s in (*starts, inner)))
     least, least_chunk = rule or ((), 0)
     return Plan(
-        functions=tuple(_function(device, *variant(name, x.dtype, num_bins, unit_stride)) for name in names),
+        functions=tuple(_function(device, *each) for each in variants),
         grid=grid,
         threads=threads,
         shared_bytes=table_bytes(num_bins),
         kept_shape=() if rule else view.kept_shape,
         pools=pools,
-        extremes=len(names) // 2 * grid[0] * pools,
+        extremes=0 if small or bounds else grid[0] * pools,
+        together=together,
         counted=not small,
         sink_numbers=sink_numbers(size, log_base, least, least_chunk),
         numbers=_NUMBERS.pack(
-            lo,
-            hi - lo,
             *starts,
             step,
             inner,
@@ -243,7 +316,9 @@ def _plan(x: Tensor, view: _View, num_bins, bounds, log_base, rule) -> Plan:
             members,
             bounds is None,
             bool(singles),
-        ),
+        )
+        + bins
+        + _PADDING,
         version=_cuda.source_version(),
     )
 

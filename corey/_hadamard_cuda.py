@@ -16,11 +16,12 @@ _WIDEST_IN_A_WARP = 2048
 
 
 class Plan(NamedTuple):
-    """A block: its threads, the rows that it takes at a time and its shared memory in bytes."""
+    """A block: its threads, the rows that it takes, its shared memory in bytes; how many blocks share one row."""
 
     threads: int
     rows: int
     shared_bytes: int
+    blocks: int = 1
 
 
 @cache
@@ -33,8 +34,10 @@ def plan(itemsize: int, width: int) -> Plan:
     if width <= _WIDEST_IN_A_WARP:
         columns = max(4 * vector, width // 32)  # a thread, of one row or several: enough loads at a time
         return Plan(128, 128 * columns // width, 0)
-    gaps = vector * (width // (64 * vector)) + (4 * (width // 32) if vector == 8 else 0)  # place() in the kernel
-    return Plan(width // 64, 1, 4 * (width + gaps))
+    blocks = 2 if width == WIDEST else 1
+    part = width // blocks
+    gaps = vector * (part // (64 * vector)) + (4 * (part // 32) if vector == 8 else 0)  # place() in the kernel
+    return Plan(part // 64, 1, 4 * (part + gaps), blocks)
 
 
 def covers(x: Tensor, width: int) -> bool:
@@ -60,14 +63,12 @@ def transform(x: Tensor, width: int) -> Tensor:
     load_bytes = itemsize if strided else widest_load(x.data_ptr(), n, [stride for _, stride in leading], itemsize)
     with torch.cuda.device(x.device):
         version = _cuda.source_version()
-        kernel = _kernel(version, x.device.index, x.dtype, width, load_bytes, strided, len(leading))
+        function = _function(version, x.device.index, x.dtype, width, load_bytes, strided, len(leading))
         block = plan(itemsize, width)
-        blocks = -(-rows // block.rows)
-        if width == WIDEST:  # a block goes on to another row while its loads are on their way
-            blocks = min(blocks, kernel.resident)
+        blocks = -(-rows // block.rows) * block.blocks
         sizes, strides = zip(*leading)
         params = struct.pack(f"<{5 + 2 * len(leading)}q", x.data_ptr(), z.data_ptr(), rows, step, n, *sizes, *strides)
-        _cuda.launch(kernel.function, (blocks, 1, 1), block.threads, block.shared_bytes, params)
+        _cuda.launch(function, (blocks, 1, 1), block.threads, block.shared_bytes, params, early=True)
     return z
 
 
@@ -94,7 +95,7 @@ def widest_load(address: int, n: int, strides: list[int], itemsize: int) -> int:
 
 def macros(dtype: torch.dtype, width: int, load_bytes: int = 16, strided: bool = False, leading: int = 1):
     """What kernels/hadamard.cu is compiled with."""
-    threads, rows, shared_bytes = plan(dtype.itemsize, width)
+    threads, rows, shared_bytes, _ = plan(dtype.itemsize, width)
     return (
         ("T_X", CPP_TYPES[dtype]),
         ("LOG_D", width.bit_length() - 1),
@@ -114,21 +115,14 @@ TUNED = [
 ]
 
 
-class _Kernel(NamedTuple):
-    function: _cuda.Function
-    resident: int  # blocks on the device at a time
-
-
 @cache
-def _kernel(
+def _function(
     version: int, device: int, dtype: torch.dtype, width: int, load_bytes: int, strided: bool, leading: int
-) -> _Kernel:
+) -> _cuda.Function:
     """`version` is that of the sources, so that an edited kernel is compiled anew."""
-    block = plan(dtype.itemsize, width)
     function = _cuda.function(SOURCE, NAME, device, macros(dtype, width, load_bytes, strided, leading))
-    function.allow_shared(block.shared_bytes)
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return _Kernel(function, multiprocessors * function.blocks_per_sm(block.threads, block.shared_bytes))
+    function.allow_shared(plan(dtype.itemsize, width).shared_bytes)
+    return function
 
 
 @cache

@@ -8,10 +8,11 @@ import torch
 from corey import _cuda
 from corey._check import bad_value
 from corey._operands import CPP_TYPES
+from corey._plans import ABSENT, Plans, alignment, empty
 from corey._scan_args import TILE, check_chunk_size, check_tensors
 
 SOURCE = "selective_scan.cu"
-THREADS, VECTOR = 128, 8  # as in the kernel: threads a block, elements a thread takes at a time
+THREADS, EACH = 128, 8  # as in the kernel: threads a block, elements a thread takes at a time
 TOKENS_A_THREAD, CHANNELS_A_THREAD, THREADS_ON_TOKENS, THREADS_ON_CHANNELS = range(4)
 VECTORS_OF_TOKENS, VECTORS_OF_STATES, STRIDED, CONSTANT = range(4)
 
@@ -46,94 +47,129 @@ class Plan:
     version: int
 
 
-_plans: dict[tuple, Plan] = {}
-MOST_PLANS = 4096  # a server meets ever new lengths
+_plans = Plans()
 
 
 def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk_size, outputs):
     """y and the last state. `outputs(u, A)` makes them; chunk_size is an int, None or a 0-dim int32 CUDA tensor."""
     tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    key = _key(tensors, delta_softplus, chunk_size)
-    plan = _plans.get(key)
-    if plan is None or plan.version != _cuda.source_version():
+
+    def make():
         check_tensors(*tensors)
         if chunk_size is not None:
             check_chunk_size(chunk_size, multiple_of=TILE, device=u.device)
-        if len(_plans) >= MOST_PLANS:
-            _plans.clear()
-        plan = _plans[key] = _plan(*tensors[:8], delta_softplus, initial_state, chunk_size)
+        return _plan(*tensors[:8], delta_softplus, initial_state, chunk_size)
+
+    plan = _plans.get(_options(delta_softplus, chunk_size), tensors, make)
     return _run(plan, tensors, chunk_size, outputs)
 
 
-def scan_again(tensors, delta_softplus, chunk_size, outputs):
+def scan_again(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk_size, outputs):
     """The same for arguments like those of an earlier call, whose checks need not be repeated; else None.
 
-    tensors: u, delta, A, B, C, D, z, delta_bias, initial_state. This is what keeps the host's share of a call small.
+    This is what keeps the host's share of a call small.
     """
+    chunk, device_chunk = (None, chunk_size) if isinstance(chunk_size, torch.Tensor) else (chunk_size, None)
     try:
-        plan = _plans.get(_key(tensors, delta_softplus, chunk_size))
+        addresses = (
+            u.data_ptr(),
+            delta.data_ptr(),
+            A.data_ptr(),
+            B.data_ptr(),
+            C.data_ptr(),
+            0 if D is None else D.data_ptr(),
+            0 if z is None else z.data_ptr(),
+            0 if delta_bias is None else delta_bias.data_ptr(),
+            0 if initial_state is None else initial_state.data_ptr(),
+            0 if device_chunk is None else device_chunk.data_ptr(),
+        )
+        options = (u.shape, delta_softplus, type(delta_softplus), chunk, type(chunk), alignment(*addresses))
+        compared = (
+            u,
+            delta,
+            A,
+            B,
+            C,
+            ABSENT[0] if D is None else D,
+            ABSENT[1] if z is None else z,
+            ABSENT[2] if delta_bias is None else delta_bias,
+            ABSENT[3] if initial_state is None else initial_state,
+            ABSENT[4] if device_chunk is None else device_chunk,
+        )
+        found = _plans.find(options, compared)
     except (AttributeError, TypeError, RuntimeError):  # not tensors: the checks will say so
         return None
-    if plan is None or plan.version != _cuda.source_version():
+    if found is not None:
+        plan, (y, last) = found
+        y, last = empty(*y), empty(*last)
+        _launch(plan, addresses, y, last)
+        return y, last
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    if u.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(u.device):
+            return scan_again(*tensors[:8], delta_softplus, initial_state, chunk_size, outputs)
+    plan = _plans.known(_options(delta_softplus, chunk_size), tensors)
+    if plan is None:
         return None
-    return _run(plan, tensors, chunk_size, outputs)
+    results = _run(plan, tensors, chunk_size, outputs)
+    if plan.launches:
+        _plans.keep(plan, results, options, compared)
+    return results
 
 
-def _key(tensors, delta_softplus, chunk_size):
-    """Everything that a plan depends on."""
+def _options(delta_softplus, chunk_size):
+    """What a plan depends on beside the tensors. Types, as 1 and 128.0 are no options but equal to some."""
     chunk = chunk_size
     if isinstance(chunk, torch.Tensor):
         chunk = (chunk.shape, chunk.dtype, chunk.device)
-    return (
-        type(delta_softplus),
-        delta_softplus,
-        type(chunk_size),
-        chunk,
-        *[x if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() & 15, x.device.index) for x in tensors],
-    )
+    return delta_softplus, type(delta_softplus), chunk, type(chunk_size)
 
 
 def _run(plan, tensors, chunk_size, outputs):
-    u, delta, A, B, C, D, z, delta_bias, initial_state = tensors
+    u, _, A, *_, initial_state = tensors
     y, last = outputs(u, A)
     if not plan.launches:
         last.zero_() if initial_state is None else last.copy_(initial_state)
         return y, last
     device_chunk = chunk_size if isinstance(chunk_size, torch.Tensor) else None
-    if u.device.index == torch.cuda.current_device():
-        _launch(plan, u, delta, A, B, C, D, z, delta_bias, initial_state, device_chunk, y, last)
+    addresses = [0 if x is None else x.data_ptr() for x in (*tensors, device_chunk)]
+    if u.get_device() == torch.cuda.current_device():
+        _launch(plan, addresses, y, last)
     else:
         with torch.cuda.device(u.device):
-            _launch(plan, u, delta, A, B, C, D, z, delta_bias, initial_state, device_chunk, y, last)
+            _launch(plan, addresses, y, last)
     return y, last
 
 
-def _launch(plan, u, delta, A, B, C, D, z, delta_bias, initial_state, device_chunk, y, last):
+def _launch(plan, addresses, y, last):
+    """addresses: of u, delta, A, B, C, D, z, delta_bias, initial_state and a chunk on the device; 0 where None."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state, device_chunk = addresses
     tiles = sums = 0
     if plan.tiles:  # what passes between the launches: the state of every tile, then the sum of its steps
-        states = plan.tiles * last.numel()
-        between = last.new_empty(states + plan.tiles * (last.shape[0] * last.shape[1]))
+        batch, channels, states = last.shape
+        rows = plan.tiles * batch * channels
+        between = last.new_empty(rows * (states + 1))
         tiles = between.data_ptr()
-        sums = tiles + 4 * states
-    addresses = _POINTERS.pack(
-        u.data_ptr(),
-        delta.data_ptr(),
-        0 if z is None else z.data_ptr(),
+        sums = tiles + 4 * rows * states
+    pointers = _POINTERS.pack(
+        u,
+        delta,
+        z,
         y.data_ptr(),
-        B.data_ptr(),
-        C.data_ptr(),
-        A.data_ptr(),
-        0 if D is None else D.data_ptr(),
-        0 if delta_bias is None else delta_bias.data_ptr(),
-        0 if initial_state is None else initial_state.data_ptr(),
+        B,
+        C,
+        A,
+        D,
+        delta_bias,
+        initial_state,
         last.data_ptr(),
         tiles,
         sums,
-        0 if device_chunk is None else device_chunk.data_ptr(),
+        device_chunk,
     )
-    params = addresses + plan.numbers
+    params = pointers + plan.numbers
     for function, grid, threads, shared in plan.launches:
-        _cuda.launch(function, grid, threads, shared, params)
+        _cuda.launch(function, grid, threads, shared, params, early=True)
 
 
 # ---- plans -----------------------------------------------------------------------------------------------------------
@@ -154,6 +190,7 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
         if _is_wide(wide, u.shape, groups, *rows[0]):
             order = wide
             break
+    device = u.device.index
     variant = macros(
         dtypes=(u.dtype, delta.dtype, gate.dtype, B.dtype, C.dtype),
         states=states,
@@ -165,7 +202,6 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
         bias=delta_bias is not None,
         softplus=delta_softplus,
     )
-    device = u.device.index
     tiles = -(-length // TILE)
     blocks = batch * groups * -(-per_group // (THREADS // lanes_a_channel(states)))
     chunk = _chunk(blocks, tiles, torch.cuda.get_device_properties(device).multi_processor_count, chunk_size)
@@ -199,10 +235,14 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
 
 
 def _chunk(blocks, tiles, processors, chunk_size):
-    """Tiles a chunk. A split sequence has every exp computed twice, so one pass wins once it keeps the GPU busy."""
+    """Tiles a chunk. A split sequence has every exp computed twice, so one pass wins once it keeps the GPU busy.
+
+    One pass takes as long as its slowest multiprocessor, so a little more than one block for each pays for two.
+    """
+    busy = blocks / processors
     if isinstance(chunk_size, int):
         return min(chunk_size // TILE, tiles)
-    if isinstance(chunk_size, torch.Tensor) or 4 * blocks >= 5 * processors:
+    if isinstance(chunk_size, torch.Tensor) or 0.87 <= busy <= 1 or busy >= 1.2:
         return tiles
     chunk = 1
     while 2 * chunk < tiles and blocks * tiles // (2 * chunk) >= 16 * processors:
@@ -210,19 +250,23 @@ def _chunk(blocks, tiles, processors, chunk_size):
     return chunk
 
 
+def default_chunk(batch, d_inner, seqlen, processors, d_state=16):
+    """The tokens a chunk that chunk_size=None stands for, without groups."""
+    blocks = batch * -(-d_inner // (THREADS // lanes_a_channel(d_state)))
+    return TILE * _chunk(blocks, -(-seqlen // TILE), processors, None)
+
+
 def lanes_a_channel(states):
     return 1 if states <= 4 else 2 if states <= 8 else 4 if states <= 16 else 8
 
 
 def _shared_bytes(states, with_outputs):
-    """What a pass takes of shared memory; see the list at its top."""
+    """What a pass takes of shared memory: `Memory` in the kernel."""
     lanes = lanes_a_channel(states)
-    channels = THREADS // lanes
-    tokens = VECTOR * THREADS // channels
-    row = lanes * max(4, -(-states // (4 * lanes)) * 4)
-    floats = 2 * channels * (tokens + 3) + tokens * row + channels
-    if with_outputs:
-        floats += tokens * row + channels + lanes * channels * (tokens + 6)
+    channels, tokens, abreast = THREADS // lanes, EACH * lanes, 32 // lanes
+    rows = -(-(channels * (tokens + 4) + channels // 8 * 16) // 32) * 32 + (4 * abreast if abreast < 8 else 0)
+    projection = tokens * lanes * max(4, -(-states // (4 * lanes)) * 4) + 2 * tokens
+    floats = 2 * rows + projection + 2 * channels + (projection + lanes * rows if with_outputs else 8)
     return 4 * floats
 
 
@@ -253,7 +297,7 @@ def _projection(x, states):
 
     if wide(token):
         return VECTORS_OF_TOKENS
-    return VECTORS_OF_STATES if states % VECTOR == 0 and wide(state) else STRIDED
+    return VECTORS_OF_STATES if states % 8 == 0 and wide(state) else STRIDED
 
 
 def _projection_strides(x):

@@ -7,6 +7,7 @@ import torch
 
 from corey import _cuda
 from corey._operands import CPP_TYPES
+from corey._plans import ABSENT, Plans, alignment, empty
 
 SOURCE, NAME = "state_update.cu", "selective_state_update"
 
@@ -39,32 +40,77 @@ class Plan:
     version: int
 
 
-_plans: dict[tuple, Plan] = {}
+_plans = Plans()
 
 
 def update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, check):
     """y; the state is updated. check(state, x, dt, A, B, C, D, z, dt_bias) raises for bad arguments."""
-    if x.device.index != torch.cuda.current_device():
+    if x.get_device() != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, check)
     tensors = (state, x, dt, A, B, C, D, z, dt_bias)
-    key = (dt_softplus, *map(_layout, tensors))
-    plan = _plans.get(key)
-    if plan is None or plan.version != _cuda.source_version():
+
+    def make():
         check(*tensors)
-        plan = _plans[key] = _plan(*tensors, dt_softplus)
+        return _plan(*tensors, dt_softplus)
+
+    plan = _plans.get((dt_softplus,), tensors, make)
     y = x.new_empty(x.shape)
-    if plan.grid[0] == 0:
-        return y
-    addresses = (0 if tensor is None else tensor.data_ptr() for tensor in (*tensors, y))
-    _cuda.launch(plan.function, plan.grid, _THREADS, 0, _POINTERS.pack(*addresses) + plan.numbers)
+    if plan.grid[0]:
+        _launch(plan, [0 if tensor is None else tensor.data_ptr() for tensor in tensors], y)
     return y
 
 
-def _layout(tensor):
-    if tensor is None:
+def update_again(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
+    """The same for arguments like those of an earlier call, whose checks need not be repeated; else None."""
+    try:
+        addresses = (
+            state.data_ptr(),
+            x.data_ptr(),
+            dt.data_ptr(),
+            A.data_ptr(),
+            B.data_ptr(),
+            C.data_ptr(),
+            0 if D is None else D.data_ptr(),
+            0 if z is None else z.data_ptr(),
+            0 if dt_bias is None else dt_bias.data_ptr(),
+        )
+        options = (x.shape, dt_softplus, alignment(*addresses))
+        compared = (
+            state,
+            x,
+            dt,
+            A,
+            B,
+            C,
+            ABSENT[0] if D is None else D,
+            ABSENT[1] if z is None else z,
+            ABSENT[2] if dt_bias is None else dt_bias,
+        )
+        found = _plans.find(options, compared)
+    except (AttributeError, TypeError, RuntimeError):  # not tensors: the checks will say so
         return None
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() & 15, tensor.device.index
+    if found is not None:
+        plan, (y,) = found
+        y = empty(*y)
+        _launch(plan, addresses, y)
+        return y
+    tensors = (state, x, dt, A, B, C, D, z, dt_bias)
+    if x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return update_again(*tensors, dt_softplus)
+    plan = _plans.known((dt_softplus,), tensors)
+    if plan is None or plan.grid[0] == 0:
+        return None
+    y = x.new_empty(x.shape)
+    _launch(plan, addresses, y)
+    _plans.keep(plan, (y,), options, compared)
+    return y
+
+
+def _launch(plan, addresses, y):
+    params = _POINTERS.pack(*addresses, y.data_ptr()) + plan.numbers
+    _cuda.launch(plan.function, plan.grid, _THREADS, 0, params)
 
 
 def _plan(state, x, dt, A, B, C, D, z, dt_bias, softplus):

@@ -24,11 +24,24 @@ def load_checkpoint(
     model: the name of a folder in data/checkpoints, the path of a folder, or a hub name `owner/name`. revision: for a
     hub name the 40 hexadecimal digits of a commit; empty otherwise. Raises ValueError for a model that is none of them.
     """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise bad_type("dtype", dtype, "a floating torch dtype")
+    folder = checkpoint_folder(model, revision)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(folder or model), "trust_remote_code": False}
+    if folder is None:
+        where["revision"] = revision
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, use_safetensors=True)
+    return loaded.to(device).eval(), tokenizer
+
+
+def checkpoint_folder(model: str, revision: str) -> Path | None:
+    """The folder that `model` names, or None for a hub name with a pinned revision; as in `load_checkpoint`."""
     for name, value in {"model": model, "revision": revision}.items():
         if not isinstance(value, str):
             raise bad_type(name, value, "a str")
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise bad_type("dtype", dtype, "a floating torch dtype")
     folder = next((path for path in (CHECKPOINTS / model, Path(model)) if (path / "config.json").is_file()), None)
     if folder is None and not re.fullmatch(r"[\w-]+(\.[\w-]+)*/[\w-]+(\.[\w-]+)*", model):
         raise bad_value(
@@ -38,11 +51,4 @@ def load_checkpoint(
         raise bad_value("revision", repr(revision), f"the 40 hexadecimal digits of a commit of {model}")
     if folder is not None and revision:
         raise bad_value("revision", repr(revision), f"nothing, since {model} is a folder")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where = {"pretrained_model_name_or_path": str(folder or model), "trust_remote_code": False}
-    if folder is None:
-        where["revision"] = revision
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, use_safetensors=True)
-    return loaded.to(device).eval(), tokenizer
+    return folder

@@ -12,8 +12,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from corey import _conv_cuda
 from corey._check import bad_type, bad_value
 from corey._operands import DTYPES, check_dtype, check_operand, check_types, check_writable, refuse_gradient
+from corey._plans import is_eager
 from corey.entropy import histogram_entropy
 from corey.schedulers import ChunkRule, _least_entropies
 
@@ -84,8 +86,12 @@ def causal_conv1d(
     Raises TypeError or ValueError naming the argument, and RuntimeError for inputs that require grad while grad is
     enabled, as there is no backward.
     """
-    check_types({"x": x, "weight": weight}, {"bias": bias, "initial_state": initial_state})
     silu = _check_activation(activation)
+    if histogram is None and isinstance(return_last_state, bool) and is_eager(x):
+        found = _conv_cuda.convolve_again(x, weight, bias, silu, initial_state, _outputs)
+        if found is not None:
+            return found if return_last_state else found[0]
+    check_types({"x": x, "weight": weight}, {"bias": bias, "initial_state": initial_state})
     if not isinstance(return_last_state, bool):
         raise bad_type("return_last_state", return_last_state, "a bool")
     if torch.is_grad_enabled():
@@ -106,8 +112,12 @@ def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None):
 
     Returns y (B, D) in x's dtype. Raises as `causal_conv1d` does.
     """
-    check_types({"x": x, "conv_state": conv_state, "weight": weight}, {"bias": bias})
     silu = _check_activation(activation)
+    if is_eager(x):
+        y = _conv_cuda.update_again(x, conv_state, weight, bias, silu)
+        if y is not None:
+            return y
+    check_types({"x": x, "conv_state": conv_state, "weight": weight}, {"bias": bias})
     if torch.is_grad_enabled():
         refuse_gradient("causal_conv1d", {"x": x, "conv_state": conv_state, "weight": weight, "bias": bias})
     return torch.ops.corey.causal_conv1d_update(x, conv_state, weight, bias, silu)
@@ -182,9 +192,7 @@ torch.library.impl("corey::causal_conv1d", "CPU", _on_cpu)
 
 
 @torch.library.impl("corey::causal_conv1d", "CUDA")
-def _conv_cuda(x, weight, bias, silu, initial_state):
-    from corey import _conv_cuda
-
+def _conv_on_cuda(x, weight, bias, silu, initial_state):
     return _conv_cuda.convolve(x, weight, bias, silu, initial_state, _check, _outputs)
 
 
@@ -202,8 +210,6 @@ def _conv_entropy_cpu(x, weight, bias, silu, initial_state, num_bins, lo, hi, le
 
 @torch.library.impl("corey::causal_conv1d_entropy", "CUDA")
 def _conv_entropy_cuda(x, weight, bias, silu, initial_state, num_bins, lo, hi, least, least_chunk):
-    from corey import _conv_cuda
-
     if x.numel() == 0 or num_bins > _conv_cuda.MAX_BINS:
         y, last_state = _conv_cuda.convolve(x, weight, bias, silu, initial_state, _check, _outputs)
         return y, last_state, *_statistic(y, num_bins, lo, hi, least, least_chunk)
@@ -235,8 +241,6 @@ def _update_cpu(x, conv_state, weight, bias, silu):
 
 @torch.library.impl("corey::causal_conv1d_update", "CUDA")
 def _update_cuda(x, conv_state, weight, bias, silu):
-    from corey import _conv_cuda
-
     return _conv_cuda.update(x, conv_state, weight, bias, silu, _check_update)
 
 

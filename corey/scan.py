@@ -14,8 +14,10 @@ tiles that one worker walks before it hands the float32 state on. Chunk size cha
 import torch
 import torch.nn.functional as F
 
+from corey import _scan_cuda
 from corey._check import bad_value
 from corey._operands import refuse_gradient
+from corey._plans import is_eager
 from corey._scan_args import TILE, check_chunk_size, check_tensors, check_types
 
 __all__ = ["TILE", "scan_carried_ref", "scan_reset_ref", "selective_scan", "selective_scan_ref"]
@@ -56,13 +58,10 @@ def selective_scan(
     Raises TypeError or ValueError naming the argument; RuntimeError for inputs that require grad while grad is enabled,
     as there is no backward yet, and on CUDA, with the install hint, where NVIDIA's packages are missing.
     """
-    if type(u) is torch.Tensor and u.is_cuda and isinstance(return_last_state, bool) and not _is_traced():
-        from corey import _scan_cuda
-
-        tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-        found = None
-        if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors if isinstance(x, torch.Tensor)):
-            found = _scan_cuda.scan_again(tensors, delta_softplus, chunk_size, _outputs)
+    if isinstance(return_last_state, bool) and is_eager(u):
+        found = _scan_cuda.scan_again(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk_size, _outputs
+        )
         if found is not None:
             return found if return_last_state else found[0]
     tensors = _named(u, delta, A, B, C, D, z, delta_bias, initial_state)
@@ -78,16 +77,6 @@ def selective_scan(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk, device_chunk
     )
     return (y, last_state) if return_last_state else y
-
-
-def _is_traced():
-    """Whether somebody other than the GPU is to see this call: a compiler, a functional transform, a dispatch mode."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.jit.is_tracing()
-    )
 
 
 # ---- the registered operator -----------------------------------------------------------------------------------------
@@ -130,9 +119,7 @@ def _scan_cpu(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state
 
 
 @torch.library.impl("corey::selective_scan", "CUDA")
-def _scan_cuda(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk_size, device_chunk=None):
-    from corey import _scan_cuda
-
+def _scan_on_cuda(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk_size, device_chunk=None):
     chunk = chunk_size if device_chunk is None else device_chunk
     return _scan_cuda.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk, _outputs)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from corey._check import bad_type, bad_value
+from corey._scan_cuda import default_chunk
 from corey.entropy import cheap_proxy, entropy_chunk, histogram_entropy, kurtosis_proxy, variance_proxy
 
 PUBLISHED_RANGES = {
@@ -132,13 +133,18 @@ def powers_of_two(c_min: int, c_max: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Scheduler:
-    """One policy. `statistic` is the number in nats that its map sees, None where it reads no tensor value."""
+    """One policy. `statistic` is the number in nats that its map sees, None where it reads no tensor value.
+
+    on_the_way: a `corey.conv.OutputHistogram` that makes the same choice on CUDA while the convolution writes u, for
+    callers that run that convolution themselves, as `corey.mamba` does; None where there is none.
+    """
 
     name: str
     reads: str
     cost: str
     choose: Callable[[Tensor, int | None], int | Tensor]
     statistic: Callable[[Tensor], Tensor] | None = None
+    on_the_way: object = None
 
     def __call__(self, u: Tensor, layer: int | None = None) -> int | Tensor:
         """Chunk in tokens for one layer's scan input `u` (B, D, L); a tensor only where the module's docstring says."""
@@ -227,8 +233,11 @@ def hist(*, num_bins: int = 256, **rule) -> Scheduler:
 def device_hist(*, num_bins: int = 256, range: tuple[float, float] | None = None, **rule) -> Scheduler:
     """`hist` that never leaves the device: statistic and map run on CUDA and the chunk stays there, a 0-dim tensor.
 
-    range: None for u's own range, two passes; a fixed pair (lo, hi) is one pass. On CPU it is `hist`, an int.
+    range: None for u's own range, two passes; a fixed pair (lo, hi) is one pass, or none at all after a convolution
+    that counts on the way. On CPU it is `hist`, an int.
     """
+    from corey.conv import OutputHistogram  # which itself imports this module
+
     chunk_rule = _rule(num_bins, **rule)
     passes = "two passes over u" if range is None else "one pass over u"
 
@@ -238,7 +247,8 @@ def device_hist(*, num_bins: int = 256, range: tuple[float, float] | None = None
     def choose(u: Tensor, layer: int | None) -> int | Tensor:
         return device_chunk(u, chunk_rule, num_bins, range) if u.is_cuda else chunk_rule(float(statistic(u)))
 
-    return Scheduler("device-hist", "all of u", f"{passes} and no host read", choose, statistic)
+    on_the_way = None if range is None else OutputHistogram(range, num_bins, chunk_rule)
+    return Scheduler("device-hist", "all of u", f"{passes} and no host read", choose, statistic, on_the_way)
 
 
 def sampled_hist(*, stride: int = 8, num_bins: int = 256, **rule) -> Scheduler:
@@ -321,11 +331,17 @@ def table_always_reads(rules: Mapping | str | Path | None = None, *, num_bins: i
 
 
 def shape(*, processors: int | None = None, c_min: int = 128, c_max: int = 2048, fill: int = 4) -> Scheduler:
-    """`shape_chunk` of u's shape; `processors` defaults to the device's multiprocessors, or the CPU's threads."""
+    """`shape_chunk` of u's shape; `processors` defaults to the device's multiprocessors, or the CPU's threads.
+
+    For a CUDA tensor it is the chunk that the operator itself would take: one for the whole sequence where that keeps
+    the GPU busy, which spares it a second exp a state and token. c_min, c_max and fill then count for nothing.
+    """
 
     def choose(u: Tensor, layer: int | None) -> int:
         batch, d_inner, seqlen = u.shape
         count = processors if processors is not None else _processors(u.device)
+        if u.is_cuda and u.numel():
+            return default_chunk(batch, d_inner, seqlen, count)
         return shape_chunk(batch, d_inner, seqlen, count, c_min=c_min, c_max=c_max, fill=fill)
 
     shape_chunk(1, 1, 1, processors if processors is not None else 1, c_min=c_min, c_max=c_max, fill=fill)

@@ -10,8 +10,10 @@ For every batch row and channel d, with N states a channel:
 import torch
 import torch.nn.functional as F
 
+from corey import _state_update_cuda
 from corey._check import bad_type, bad_value
 from corey._operands import DTYPES, check_dtype, check_operand, check_types, check_writable, refuse_gradient
+from corey._plans import is_eager
 
 MAX_STATES = 256
 
@@ -30,6 +32,10 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
     Raises TypeError or ValueError naming the argument, and RuntimeError for inputs that require grad while grad is
     enabled, as there is no backward.
     """
+    if isinstance(dt_softplus, bool) and is_eager(x):
+        y = _state_update_cuda.update_again(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+        if y is not None:
+            return y
     required, optional = _named(state, x, dt, A, B, C, D, z, dt_bias)
     check_types(required, optional)
     if not isinstance(dt_softplus, bool):
@@ -96,8 +102,6 @@ def _update_cpu(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
 
 @torch.library.impl("corey::selective_state_update", "CUDA")
 def _update_cuda(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
-    from corey import _state_update_cuda
-
     return _state_update_cuda.update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, _check)
 
 

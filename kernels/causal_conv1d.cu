@@ -9,16 +9,18 @@
 //
 // Macros: T_X (type of x, y and the states), T_W (of weight and bias), WIDTH (2 to 4), SILU (0 or 1), VECTOR (channels that
 // a thread of the token-major kernel owns and moves with one instruction), HISTOGRAM (0, or 1 to count the outputs as
-// histogram.cuh does, 2 if the number of bins is a power of two), COLUMNS (of its shared histogram).
+// histogram.cuh does, 2 if the number of bins is a power of two), COLUMNS (of its shared histogram), QUICK (1 if ONE_PRODUCT
+// does for its bins).
 #include "common.cuh"
 #if HISTOGRAM
 #include "histogram.cuh"
 #endif
 
 constexpr int PAST = WIDTH - 1;  // tokens of state
-constexpr int THREADS = 256;
+constexpr int THREADS = 256, UPDATE_THREADS = 128;
+constexpr int WALKERS = HISTOGRAM ? 512 : 256;  // threads of the token-major kernel: few blocks where each has a histogram
 constexpr int STEP = VECTOR * sizeof(T_X) > 8 ? 4 : 8;  // tokens that a thread of the token-major kernel has in flight
-constexpr int MIN_BLOCKS = HISTOGRAM || VECTOR == 8 ? 2 : 3;  // a multiprocessor, of the token-major kernel
+constexpr int MIN_BLOCKS = HISTOGRAM ? 1 : VECTOR == 8 ? 2 : 3;  // a multiprocessor, of the token-major kernel
 
 struct Strides {  // in elements
     int64 batch, dim, token;
@@ -39,36 +41,10 @@ struct Params {
     int walk;        // tokens of a segment (token-major): a multiple of STEP, and at most `length` unless that is under 8
     int num_bins;    // 0 where nothing is counted
 #if HISTOGRAM
-    double lo, span;  // of the bins
     Sink sink;
-#endif
-};
-
-// Counts the outputs, or does nothing. All threads of a block make one and finish it.
-struct Statistic {
-#if HISTOGRAM
-    SharedHistogram<COLUMNS> histogram;
     Bins bins;
-    bool saw_nan = false;
-
-    __device__ __forceinline__ Statistic(const Params& p, uint32* table)
-        : histogram(table, p.num_bins), bins(float(p.lo), float(p.span), p.num_bins) {
-        histogram.clear();
-        __syncthreads();
-    }
-    __device__ __forceinline__ void take(float v) {
-        saw_nan |= v != v;
-        histogram.add(bins.locate<HISTOGRAM == 2>(v));
-    }
-    __device__ __forceinline__ void finish(const Params& p) { ::finish(p.sink, histogram, saw_nan, 0, gridDim.x); }
-#else
-    __device__ __forceinline__ Statistic(const Params&, uint32*) {}
-    __device__ __forceinline__ void take(float) {}
-    __device__ __forceinline__ void finish(const Params&) {}
 #endif
 };
-
-extern __shared__ uint4 shared[];  // the statistic's table
 
 // ---- pieces of memory ------------------------------------------------------------------------------------------------
 
@@ -115,6 +91,60 @@ struct Piece {
         __builtin_assume(__isGlobal(p));
         *reinterpret_cast<Raw*>(p) = raw;
     }
+};
+
+extern __shared__ uint4 shared[];  // the statistic's table
+
+// Counts the outputs, or does nothing. All threads of a block make one, begin it and finish it.
+struct Statistic {
+#if HISTOGRAM
+    SharedHistogram<COLUMNS> histogram;
+    const Bins& bins;
+    Packed<T_X> seen;
+    bool saw_nan = false;
+    uint32 order = 0;
+
+    __device__ __forceinline__ Statistic(const Params& p)
+        : histogram(reinterpret_cast<uint32*>(shared), p.num_bins), bins(p.bins) {
+        histogram.clear();
+        __syncthreads();
+    }
+    __device__ __forceinline__ void begin(const Params& p) {
+        if (threadIdx.x == 0) order = ::begin(p.sink, 0);
+    }
+    __device__ __forceinline__ uint32 bin(float v) const {
+        return bins.locate<HISTOGRAM == 2, QUICK ? ONE_PRODUCT : EXACT>(v);
+    }
+    __device__ __forceinline__ void take(float v) {
+        saw_nan |= v != v;
+        histogram.add(bin(v));
+    }
+    // `times` is 1 or 0; a NaN is noticed either way.
+    template <int COUNT>
+    __device__ __forceinline__ void take(const Piece<T_X, COUNT>& piece, uint32 times) {
+        float values[COUNT];
+        piece.unpack(values);
+        if constexpr (COUNT * sizeof(T_X) < 4) {
+            seen.take(piece.raw * 0x10001u);
+        } else {
+#pragma unroll
+            for (int i = 0; i < int(COUNT * sizeof(T_X) / 4); ++i)
+                seen.take(reinterpret_cast<const uint32*>(&piece.raw)[i]);
+        }
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) histogram.add(bin(values[i]), times);
+    }
+    __device__ __forceinline__ void finish(const Params& p) {
+        ::finish(p.sink, histogram, saw_nan || isnan(seen.greatest()), 0, gridDim.x, order);
+    }
+#else
+    __device__ __forceinline__ Statistic(const Params&) {}
+    __device__ __forceinline__ void begin(const Params&) {}
+    __device__ __forceinline__ void take(float) {}
+    template <int COUNT>
+    __device__ __forceinline__ void take(const Piece<T_X, COUNT>&, uint32) {}
+    __device__ __forceinline__ void finish(const Params&) {}
+#endif
 };
 
 // Parameters of VECTOR consecutive channels, COUNT / VECTOR each.
@@ -204,13 +234,7 @@ __device__ __forceinline__ void walk(
         rounded.pack(out);
         rounded.store(y);
         advance(y, p.dim);
-#if HISTOGRAM
-        if (--counted_before < 0) {
-            rounded.unpack(out);
-#pragma unroll
-            for (int i = 0; i < VECTOR; ++i) statistic.take(out[i]);
-        }
-#endif
+        statistic.take(rounded, --counted_before < 0);
 #pragma unroll
         for (int i = 0; i < PAST * VECTOR; ++i) in[i] = in[i + VECTOR];
     };
@@ -241,15 +265,17 @@ __device__ __forceinline__ void walk(
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+extern "C" __global__ void __launch_bounds__(WALKERS, MIN_BLOCKS)
 causal_conv1d_token_major(const __grid_constant__ Params p) {
-    Statistic statistic(p, reinterpret_cast<uint32*>(shared));
+    Statistic statistic(p);
+    wait_for_earlier_kernels();
+    statistic.begin(p);
     int lane = threadIdx.x & ((1 << p.lanes_log2) - 1), walker = threadIdx.x >> p.lanes_log2;
     uint32 columns = uint32((p.dim + (VECTOR << p.lanes_log2) - 1) / (VECTOR << p.lanes_log2));
 #pragma unroll 1
     for (uint32 block = blockIdx.x; block < p.blocks; block += gridDim.x) {
         int64 channel = (int64(block % columns) << p.lanes_log2 | lane) * VECTOR;
-        int64 segment = int64(block / columns) * (THREADS >> p.lanes_log2) + walker;  // counted through the batch
+        int64 segment = int64(block / columns) * (WALKERS >> p.lanes_log2) + walker;  // counted through the batch
         int64 b = segment / p.segments;
         if (b >= p.batch || channel >= p.dim) continue;
         // A row's last segment starts earlier where it would end too late, so every walk is whole and needs one loop.
@@ -279,8 +305,7 @@ __device__ __forceinline__ void store(const Params& p, T_X* y, int64 t, float* o
     if (HISTOGRAM) rounded.unpack(out);
     if (t >= 0 && t + FULL <= p.length) {
         rounded.store(y + t);
-#pragma unroll
-        for (int e = 0; e < FULL; ++e) statistic.take(out[e]);
+        statistic.take(rounded, 1);
     } else {
 #pragma unroll
         for (int e = 0; e < FULL; ++e) {
@@ -358,7 +383,9 @@ __device__ __forceinline__ void convolve_segment(
 
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
 causal_conv1d_channel_major(const __grid_constant__ Params p) {
-    Statistic statistic(p, reinterpret_cast<uint32*>(shared));
+    Statistic statistic(p);
+    wait_for_earlier_kernels();
+    statistic.begin(p);
 #pragma unroll 1
     for (uint32 block = blockIdx.x; block < p.blocks; block += gridDim.x) {
         int64 segment = int64(block) * (THREADS >> p.lanes_log2) + (threadIdx.x >> p.lanes_log2);
@@ -382,8 +409,9 @@ struct UpdateParams {
     Strides state_stride;
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(UPDATE_THREADS)
 causal_conv1d_update(const __grid_constant__ UpdateParams p) {
+    wait_for_earlier_kernels();
     int64 channel = int64(blockIdx.x) * blockDim.x + threadIdx.x;  // counted through the batch
     int64 b = channel / p.dim, d = channel - b * p.dim;
     if (b >= p.batch) return;

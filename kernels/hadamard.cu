@@ -5,6 +5,9 @@
 // its difference; all LOG_D of them make the transform. The arithmetic is float32; 1/sqrt(d) is multiplied in last.
 // Where a bit lives decides how its butterfly runs: in the index of a register, an addition; in the lane, a shuffle.
 // Which thread adds what depends on T_X and LOG_D alone, so a row has the same bits in any batch, layout or run.
+// A row of 32768 is two blocks' work: H (a, b) is (H (a + b), H (a - b)), so that each reads all of the row, the second of
+// them from L2, and transforms half as much. A block for the whole row would fill a multiprocessor, which then either
+// moves data or computes; of these, three overlap.
 //
 // Macros, from corey/_hadamard_cuda.py:
 //   T_X         float, __half or __nv_bfloat16
@@ -155,6 +158,7 @@ static_assert(kRows * kGroups == ROWS, "every group of lanes takes the same numb
 extern "C" __global__ void __launch_bounds__(THREADS) hadamard_transform(const __grid_constant__ Params p) {
     const int lane = threadIdx.x % kLanes;
     const int64 first_row = blockIdx.x * (int64)ROWS + threadIdx.x / kLanes;
+    wait_for_earlier_kernels();
 
     uint32 words[kRows][kVectors][kWords];
 #pragma unroll
@@ -182,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) hadamard_transform(const _
 
 #else
 
-// ---- d from 4096: a block holds a row, 64 columns a thread ----------------------------------------------------------
+// ---- d from 4096: a block holds a row, or half a row of 32768, 64 columns a thread ------------------------------------
 //
 // Three passes of register butterflies, with the row laid out anew in shared memory between them. Bits of a column in
 // the register index, with q = log2(kVector):
@@ -191,9 +195,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) hadamard_transform(const _
 //   pass 3   0 .. q-1 and q+6 .. 11       as 16-byte stores want them; only bits that no pass has done are left
 // Shared memory moves 32 values a clock and so does the shuffle unit: two layouts cost what four shuffle stages cost.
 
+constexpr int kHalves = LOG_D == 15 ? 2 : 1;  // of a row, each a block's
+constexpr int kLogPart = LOG_D - (kHalves - 1), kPart = 1 << kLogPart;
 constexpr int kColumns = 64;
 constexpr int kVectors = kColumns / kVector;
-static_assert(THREADS * kColumns == kD && ROWS == 1, "a block of d / 64 threads holds one row");
+static_assert(THREADS * kColumns == kPart && ROWS == 1, "a thread has 64 columns");
 
 // Where a column lies in shared memory, in floats. The gaps keep every access free of bank conflicts: in pass 2 a warp
 // reads kVector neighbours at distances of 64 kVector, and with eight columns to a vector the vectors of eight lanes
@@ -202,15 +208,11 @@ static_assert(THREADS * kColumns == kD && ROWS == 1, "a block of d / 64 threads 
 __device__ constexpr int place(int column) {
     return column + kVector * (column / (64 * kVector)) + (kVector == 8 ? 4 * (column / 32) : 0);
 }
-static_assert(SHARED_BYTES == 4 * place(kD), "the host allocates what place() needs");
+static_assert(SHARED_BYTES == 4 * place(kPart), "the host allocates what place() needs");
 
-// At d = 32768 one block fills a multiprocessor, and no other can load while it computes. In the half types the next
-// row fits into registers beside this one; in float32 it does not, and the longer transfer hides more by itself.
-constexpr bool kPrefetch = LOG_D == 15 && sizeof(T_X) == 2;
-
-// How many blocks a multiprocessor shall hold; 0 leaves registers to the compiler. At d = 16384 shared memory has room
-// for three, and in the half types 80 registers a thread do, but on Blackwell they would spill.
-constexpr int kBlocks = LOG_D == 14 && sizeof(T_X) == 2 && __CUDA_ARCH__ < 1000 ? 3 : 0;
+// How many blocks a multiprocessor shall hold; 0 leaves registers to the compiler. At 16384 columns shared memory has
+// room for three, and in the half types 80 registers a thread do, but on Blackwell they would spill.
+constexpr int kBlocks = kLogPart == 14 && sizeof(T_X) == 2 && __CUDA_ARCH__ < 1000 ? 3 : 0;
 
 extern "C" __global__ void __launch_bounds__(THREADS, kBlocks) hadamard_transform(const __grid_constant__ Params p) {
     extern __shared__ float4 shared4[];
@@ -220,51 +222,66 @@ extern "C" __global__ void __launch_bounds__(THREADS, kBlocks) hadamard_transfor
     float* const pass2 = shared + place(t % kVector + t / kVector * (64 * kVector));
     const int column3 = t % 64 * kVector + t / 64 * 4096;
     float* const pass3 = shared + place(column3);
+    const int64 row = blockIdx.x / kHalves;
+    const int half = blockIdx.x % kHalves;
+    wait_for_earlier_kernels();
 
-    uint32 words[kVectors][kWords];
-    for (int64 row = blockIdx.x; row < p.rows; row += gridDim.x) {
-        if (!kPrefetch || row == blockIdx.x) load_row<kD / kVectors>(words, p, row, t * kVector);
-        float values[kColumns];
+    float values[kColumns];
+    constexpr int kTogether = kVectors / kHalves;  // of a half's vectors are loaded at a time: more would not fit
 #pragma unroll
-        for (int v = 0; v < kVectors; ++v) widen(values + v * kVector, words[v]);
-        if (kPrefetch) load_row<kD / kVectors>(words, p, row + gridDim.x, t * kVector);
-
-        register_butterflies<1, kColumns>(values);
-        __syncthreads();  // the row before this one has been read
+    for (int first = 0; first < kVectors; first += kTogether) {
+        uint32 words[kHalves][kTogether][kWords];
 #pragma unroll
-        for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-            for (int i = 0; i < kVector; i += 4) {
-                const float* four = values + v * kVector + i;
-                *reinterpret_cast<float4*>(pass1 + place(v * THREADS * kVector) + i) =
-                    make_float4(four[0], four[1], four[2], four[3]);
-            }
+        for (int h = 0; h < kHalves; ++h) {
+            load_row<kPart / kVectors>(words[h], p, row, h * kPart + first * (kPart / kVectors) + t * kVector);
         }
-        __syncthreads();
 #pragma unroll
-        for (int r = 0; r < kColumns; ++r) values[r] = pass2[place(r * kVector)];
-        register_butterflies<1, kColumns>(values);
+        for (int v = 0; v < kTogether; ++v) {
+            float* const of_vector = values + (first + v) * kVector;
+            widen(of_vector, words[0][v]);
+            if (kHalves == 1) continue;
+            float others[kVector];
+            widen(others, words[kHalves - 1][v]);
 #pragma unroll
-        for (int r = 0; r < kColumns; ++r) pass2[place(r * kVector)] = values[r];
-        __syncthreads();
-#pragma unroll
-        for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-            for (int i = 0; i < kVector; i += 4) {
-                float* four = values + v * kVector + i;
-                const float4 loaded = *reinterpret_cast<const float4*>(pass3 + place(v * 64 * kVector) + i);
-                four[0] = loaded.x;
-                four[1] = loaded.y;
-                four[2] = loaded.z;
-                four[3] = loaded.w;
+            for (int i = 0; i < kVector; ++i) {
+                of_vector[i] = fmaf(half == 0 ? 1.0f : -1.0f, others[i], of_vector[i]);
             }
-        }
-        register_butterflies<kVector, (kVector << (LOG_D - 12))>(values);
-#pragma unroll
-        for (int v = 0; v < kVectors; ++v) {
-            store_vector(p.z + row * kD + column3 + v * 64 * kVector, values + v * kVector);
         }
     }
+
+    register_butterflies<1, kColumns>(values);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+        for (int i = 0; i < kVector; i += 4) {
+            const float* four = values + v * kVector + i;
+            *reinterpret_cast<float4*>(pass1 + place(v * THREADS * kVector) + i) =
+                make_float4(four[0], four[1], four[2], four[3]);
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < kColumns; ++r) values[r] = pass2[place(r * kVector)];
+    register_butterflies<1, kColumns>(values);
+#pragma unroll
+    for (int r = 0; r < kColumns; ++r) pass2[place(r * kVector)] = values[r];
+    __syncthreads();
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+        for (int i = 0; i < kVector; i += 4) {
+            float* four = values + v * kVector + i;
+            const float4 loaded = *reinterpret_cast<const float4*>(pass3 + place(v * 64 * kVector) + i);
+            four[0] = loaded.x;
+            four[1] = loaded.y;
+            four[2] = loaded.z;
+            four[3] = loaded.w;
+        }
+    }
+    register_butterflies<kVector, (kVector << (kLogPart - 12))>(values);
+    T_X* const z = p.z + blockIdx.x * (int64)kPart + column3;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) store_vector(z + v * 64 * kVector, values + v * kVector);
 }
 
 #endif

@@ -1,7 +1,7 @@
 // Entropy of the histogram of a tensor's values. The arithmetic is in histogram.cuh, the definition in corey/entropy.py
 //
-//   histogram_extremes  minimum and maximum of each pool, one pair a block: a first pass where bins span the own range
-//   histogram_entropy   the pass that counts; its last block to finish computes entropy and chunk
+//   histogram_entropy   counts, in one pass where the bins are given and in two where they span the pool's own range
+//   histogram_extremes  the first of the two, where they are two launches
 //   histogram_pools     both passes over many small pools in one launch, 1 to 32 pools a block
 //
 // A pool is one histogram's values. In the first two kernels its values are `rows_outer` x `rows_inner` rows of `inner`
@@ -10,9 +10,15 @@
 // aligned bytes where neighbours in a row are neighbours in memory, else one value; a row's first and last values that
 // fill no 16 bytes are read singly.
 //
+// Two passes in one launch are two halves of every block, and between them all blocks wait for the extremes of all: they
+// must be resident together, which a cooperative launch grants. What a warp had loaded last is still in its registers in
+// the second half, and that is all of a (1, 4096, 2048) tensor in bf16: it is read once.
+//
 // Macros, from corey/_entropy_cuda.py: EXTREMES, ENTROPY or POOLS (the one kernel to compile: it takes a third of the
 // time), T_X (type of the values), UNIT_STRIDE (whether slots are 16 bytes), POWER_OF_TWO (whether num_bins is one),
-// COLUMNS (replicas of a bin in shared memory); the last two are not for EXTREMES.
+// COLUMNS (replicas of a bin in shared memory); the last two are not for EXTREMES. ENTROPY also has RANGE (0: the bins are
+// given, 1: histogram_extremes has found the range, 2: this launch finds it) and QUICK (1 if ONE_PRODUCT does for the
+// bins that are given).
 #include "histogram.cuh"
 
 constexpr int THREADS = 1024, WARPS = THREADS / 32;
@@ -30,8 +36,7 @@ struct Divisor {
 struct Params {
     Sink sink;
     const T_X* x;
-    float2* extremes;                         // [pools][blocks a pool], or null for the fixed range below
-    double lo, span;                          // the fixed range
+    uint64* extremes;                         // [pools][blocks a pool], zero between launches; of pools' own ranges
     int64 pool_outer, pool_inner;             // strides of the kept dimensions, in elements
     int64 row_outer, row_inner, step;         // strides of the pooled dimensions
     int64 inner;                              // values in a row
@@ -42,20 +47,10 @@ struct Params {
     int pools_a_block;                        // histogram_pools: a power of two up to COLUMNS
     int own_range;
     int singles;                              // whether any row has values that fill no slot
+    Bins bins;                                // unless own_range
 };
 
 // ---- values ---------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
-
-__device__ __forceinline__ float min_nan(float a, float b) {  // NaN if either is, unlike fminf
-    asm("min.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
-    return a;
-}
-__device__ __forceinline__ float max_nan(float a, float b) {
-    asm("max.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
-    return a;
-}
 
 // The least and the greatest of what was taken in, NaN after a NaN.
 struct Extremes {
@@ -70,36 +65,29 @@ struct Extremes {
         for (int offset = first; offset < 32; offset *= 2)
             take({__shfl_xor_sync(~0u, lo, offset), __shfl_xor_sync(~0u, hi, offset)});
     }
-};
+    // Over a warp, in two instructions. A NaN is only in `hi` afterwards: ordered as an integer it is the greatest.
+    __device__ __forceinline__ void across_warp() {
+        lo = of_key(__reduce_min_sync(~0u, key(lo)));
+        hi = of_key(__reduce_max_sync(~0u, key(hi)));
+    }
+    // Integers in the order of the floats, and their own inverse. NaNs here have no sign: min.NaN and max.NaN make them.
+    __device__ __forceinline__ static int key(float v) {
+        int bits = __float_as_int(v);
+        return bits ^ (bits >> 31 & 0x7fffffff);
+    }
+    __device__ __forceinline__ static float of_key(int key) {
+        return __int_as_float(key ^ (key >> 31 & 0x7fffffff));
+    }
 
-// The same over packed words: one instruction for two 16-bit values.
-template <typename T>
-struct Packed;
-template <>
-struct Packed<float> {
-    float lo = infinity(), hi = -infinity();
-    __device__ __forceinline__ void take(uint32 w) {
-        lo = min_nan(lo, __uint_as_float(w)), hi = max_nan(hi, __uint_as_float(w));
+    // Packed, and never 0: the mask is a NaN that does not occur.
+    static constexpr uint32 MASK = 0x7f9abcdeu;
+    __device__ __forceinline__ uint64 pack() const {
+        return uint64(__float_as_uint(hi) ^ MASK) << 32 | (__float_as_uint(lo) ^ MASK);
     }
-    __device__ __forceinline__ Extremes unpack() const { return {lo, hi}; }
-};
-template <typename PAIR, uint32 INFINITIES>
-struct PackedPair {
-    uint32 lo = INFINITIES, hi = INFINITIES | 0x80008000u;
-    __device__ __forceinline__ static PAIR pair(uint32 w) { return reinterpret_cast<const PAIR&>(w); }
-    __device__ __forceinline__ static uint32 word(PAIR p) { return reinterpret_cast<const uint32&>(p); }
-    __device__ __forceinline__ void take(uint32 w) {
-        lo = word(__hmin2_nan(pair(lo), pair(w))), hi = word(__hmax2_nan(pair(hi), pair(w)));
-    }
-    __device__ __forceinline__ Extremes unpack() const {
-        PAIR least = pair(lo), greatest = pair(hi);
-        return {min_nan(to_float(least.x), to_float(least.y)), max_nan(to_float(greatest.x), to_float(greatest.y))};
+    __device__ __forceinline__ static Extremes unpack(uint64 word) {
+        return {__uint_as_float(uint32(word) ^ MASK), __uint_as_float(uint32(word >> 32) ^ MASK)};
     }
 };
-template <>
-struct Packed<__nv_bfloat16> : PackedPair<__nv_bfloat162, 0x7f807f80u> {};
-template <>
-struct Packed<__half> : PackedPair<__half2, 0x7c007c00u> {};
 
 // ---- slots ----------------------------------------------------------------------------------------------------------
 
@@ -126,7 +114,7 @@ struct Slot<1> {  // one value, twice in a word
 // What a warp takes at a time.
 struct Tile {
     uint32 outer, inner, tile;  // row and place in the row
-    int present;                // how many of this lane's slots lie in the row
+    int present = 0;            // how many of this lane's slots lie in the row
     Slot<VECTOR> slots[DEPTH];
 
     __device__ __forceinline__ Tile(const Params& p) {
@@ -145,6 +133,14 @@ struct Tile {
         carry = inner >= p.rows_inner.by;
         inner -= carry ? p.rows_inner.by : 0;
         outer += p.skip_outer + carry;
+    }
+    __device__ __forceinline__ void previous(const Params& p) {
+        bool borrow = tile < p.skip_tiles;
+        tile += (borrow ? p.tiles.by : 0) - p.skip_tiles;
+        const uint32 skip = p.skip_inner + borrow;
+        borrow = inner < skip;
+        inner += (borrow ? p.rows_inner.by : 0) - skip;
+        outer -= p.skip_outer + borrow;
     }
     __device__ __forceinline__ const T_X* row(const Params& p, const T_X* pool) const {
         return pool + outer * p.row_outer + inner * p.row_inner;
@@ -199,106 +195,155 @@ __device__ __forceinline__ const T_X* pool_of_block(const Params& p) {
 
 enum Kind { ORDINARY, CONSTANT, INVALID };
 
-struct Range {
-    float lo, span;
+// The bins over a pool's own range. The published code forms the span in float64 and divides in fp32.
+struct OwnBins {
+    Bins bins;
     Kind kind;
 
-    __device__ __forceinline__ static Range fixed(const Params& p) { return {float(p.lo), float(p.span), ORDINARY}; }
-    // The published code forms the span in float64 and divides in fp32.
-    __device__ __forceinline__ static Range own(const Extremes& found) {
+    OwnBins() = default;
+    __device__ __forceinline__ OwnBins(const Extremes& found, int num_bins) {
         double span = double(found.hi) - double(found.lo);
         float widened = float(span + SPAN_EPS);
-        return {found.lo, widened, !isfinite(widened) ? INVALID : span < SPAN_EPS ? CONSTANT : ORDINARY};
-    }
-    __device__ __forceinline__ float entropy_without_counting() const {
-        return kind == CONSTANT ? 0.0f : __int_as_float(0x7fffffff);
+        kind = !isfinite(widened) ? INVALID : span < SPAN_EPS ? CONSTANT : ORDINARY;
+        bins = kind == ORDINARY ? Bins(found.lo, widened, num_bins) : Bins::one(num_bins);
     }
 };
 
 // ---- few large pools ------------------------------------------------------------------------------------------------
 
-#ifdef EXTREMES
-extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_extremes(const __grid_constant__ Params p) {
-    __shared__ float2 of_warp[WARPS];
-    const T_X* pool = pool_of_block(p);
-    const int lane = threadIdx.x & 31;
-    Packed<T_X> packed;
-    Extremes found;
-    for (Tile tile(p); tile.valid(p); tile.next(p)) {
-        tile.load(p, pool);
+// What a warp has seen of a pool.
+struct Seen {
+    Packed<T_X> slots;
+    Extremes singles;
+
+    __device__ __forceinline__ void take(const Params& p, const T_X* pool, const Tile& tile) {
 #pragma unroll
         for (int k = 0; k < DEPTH; ++k)
-            if (k < tile.present) tile.slots[k].into(packed);
-        tile.for_each_single(p, pool, [&](float v) { found.take(v); });
+            if (k < tile.present) tile.slots[k].into(slots);
+        tile.for_each_single(p, pool, [&](float v) { singles.take(v); });
     }
-    found.take(packed.unpack());
-    found.across_lanes(1);
-    if (lane == 0) of_warp[threadIdx.x / 32] = make_float2(found.lo, found.hi);
-    __syncthreads();
-    if (threadIdx.x >= 32) return;
-    found = {of_warp[lane].x, of_warp[lane].y};
-    found.across_lanes(1);
-    if (lane == 0) p.extremes[blockIdx.y * gridDim.x + blockIdx.x] = make_float2(found.lo, found.hi);
+    // Tells all blocks of the pool what this one has seen. By all threads.
+    __device__ __forceinline__ void publish(const Params& p) {
+        __shared__ uint64 of_warp[WARPS];
+        singles.take({slots.least(), slots.greatest()});
+        singles.across_warp();
+        if ((threadIdx.x & 31) == 0) of_warp[threadIdx.x / 32] = singles.pack();
+        __syncthreads();
+        if (threadIdx.x >= 32) return;
+        singles = Extremes::unpack(of_warp[threadIdx.x]);
+        singles.across_warp();
+        if (threadIdx.x == 0) store_relaxed(p.extremes + blockIdx.y * gridDim.x + blockIdx.x, singles.pack());
+    }
+};
+
+#ifdef EXTREMES
+extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_extremes(const __grid_constant__ Params p) {
+    const T_X* pool = pool_of_block(p);
+    Tile tile(p);
+    wait_for_earlier_kernels();
+    Seen seen;
+    for (; tile.valid(p); tile.next(p)) {
+        tile.load(p, pool);
+        seen.take(p, pool, tile);
+    }
+    seen.publish(p);
 }
 #endif
 
 #ifdef ENTROPY
+constexpr bool BINARY = POWER_OF_TWO;
+using Histogram = SharedHistogram<COLUMNS>;
+
+template <Quotient HOW>
+__device__ __forceinline__ void count(
+    const Params& p, const T_X* pool, const Tile& tile, const Bins& bins, const Histogram& histogram) {
+#pragma unroll
+    for (int k = 0; k < DEPTH; ++k) {
+        if (k >= tile.present) continue;
+        float values[VECTOR];
+        tile.slots[k].unpack(values);
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) histogram.add(bins.locate<BINARY, HOW>(values[i]));
+    }
+    tile.for_each_single(p, pool, [&](float v) { histogram.add(bins.locate<BINARY, HOW>(v)); });
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_entropy(const __grid_constant__ Params p) {
     extern __shared__ uint4 memory[];
-    __shared__ Bins shared_bins;
-    __shared__ Kind kind;
     const T_X* pool = pool_of_block(p);
     Tile tile(p);
+    wait_for_earlier_kernels();
     if (tile.valid(p)) tile.load(p, pool);  // and while that is under way:
-    SharedHistogram<COLUMNS> histogram(reinterpret_cast<uint32*>(memory), p.num_bins);
+    Histogram histogram(reinterpret_cast<uint32*>(memory), p.num_bins);
     histogram.clear();
-    if (threadIdx.x < 32) {
-        Range range;
-        if (p.extremes) {
-            float2 pairs[MOST_BLOCKS / 32];  // fetched together; the last block's stands in for absent ones
-#pragma unroll
-            for (int i = 0; i < MOST_BLOCKS / 32; ++i)
-                pairs[i] = p.extremes[blockIdx.y * gridDim.x + min(threadIdx.x + 32 * i, gridDim.x - 1)];
-            Extremes found;
-#pragma unroll
-            for (int i = 0; i < MOST_BLOCKS / 32; ++i) found.take({pairs[i].x, pairs[i].y});
-            found.across_lanes(1);
-            range = Range::own(found);
-        } else {
-            range = Range::fixed(p);
-        }
-        if (range.kind != ORDINARY && blockIdx.x == 0)
-            write_outcome(p.sink, blockIdx.y, range.entropy_without_counting());
-        if (threadIdx.x == 0) {
-            shared_bins = Bins(range.lo, range.span, p.num_bins);
-            kind = range.kind;
-        }
-    }
-    __syncthreads();
-    if (kind != ORDINARY) return;
+    __shared__ uint32 order;  // not in a register: there is none to spare
+    if (threadIdx.x == 0) order = begin(p.sink, blockIdx.y);
 
-    const Bins bins = shared_bins;
-    Packed<T_X> seen;
-    bool saw_nan = false;
+#if RANGE == 0
+    __syncthreads();
+    Seen seen;
     while (tile.valid(p)) {
-#pragma unroll
-        for (int k = 0; k < DEPTH; ++k) {
-            if (k < tile.present) {
-                float values[VECTOR];
-                tile.slots[k].unpack(values);
-                tile.slots[k].into(seen);
-#pragma unroll
-                for (int i = 0; i < VECTOR; ++i) histogram.add(bins.locate<POWER_OF_TWO>(values[i]));
-            }
-        }
-        tile.for_each_single(p, pool, [&](float v) {
-            saw_nan |= isnan(v);
-            histogram.add(bins.locate<POWER_OF_TWO>(v));
-        });
+        count<QUICK ? ONE_PRODUCT : EXACT>(p, pool, tile, p.bins, histogram);
+        seen.take(p, pool, tile);
         tile.next(p);
         if (tile.valid(p)) tile.load(p, pool);
     }
-    finish(p.sink, histogram, saw_nan || isnan(seen.unpack().hi), blockIdx.y, gridDim.x);
+    finish(
+        p.sink, histogram, isnan(seen.slots.greatest()) || isnan(seen.singles.hi), blockIdx.y, gridDim.x, order);
+#else
+#if RANGE == 2
+    Seen seen;
+    int tiles = 0;
+    for (; tile.valid(p); tile.next(p)) {
+        if (tiles++ > 0) tile.load(p, pool);
+        seen.take(p, pool, tile);
+    }
+    seen.publish(p);
+#endif
+    __shared__ uint64 of_warp[MOST_BLOCKS / 32];
+    __shared__ OwnBins shared_bins;
+    if (threadIdx.x < MOST_BLOCKS) {  // the last block's word stands in for absent ones
+        const uint64* word = p.extremes + blockIdx.y * gridDim.x + min(threadIdx.x, gridDim.x - 1);
+        uint64 found;
+        do found = load_relaxed(word);
+        while (found == 0);
+        Extremes extremes = Extremes::unpack(found);
+        extremes.across_warp();
+        if ((threadIdx.x & 31) == 0) of_warp[threadIdx.x / 32] = extremes.pack();
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        Extremes extremes = Extremes::unpack(of_warp[threadIdx.x % (MOST_BLOCKS / 32)]);
+        extremes.across_warp();
+        OwnBins own(extremes, p.num_bins);
+        if (threadIdx.x == 0) shared_bins = own;
+    }
+    __syncthreads();
+    const Bins bins = shared_bins.bins;
+    const bool quick = __syncthreads_and(bins.two_products_do<BINARY>());
+
+    auto count_tile = [&] {
+        if (quick) count<TWO_PRODUCTS>(p, pool, tile, bins, histogram);
+        else count<EXACT>(p, pool, tile, bins, histogram);
+    };
+#if RANGE == 2
+    // The last tile first, as it is still in registers, and those before it in L2, where the first may no longer be.
+    for (bool loaded = true; tiles > 0; --tiles, loaded = false) {
+        tile.previous(p);
+        if (!loaded) tile.load(p, pool);
+        count_tile();
+    }
+#else
+    while (tile.valid(p)) {
+        count_tile();
+        tile.next(p);
+        if (tile.valid(p)) tile.load(p, pool);
+    }
+#endif
+    const bool invalid = shared_bins.kind == INVALID;
+    if (finish(p.sink, histogram, invalid, blockIdx.y, gridDim.x, order) && threadIdx.x < 32)
+        for (int i = threadIdx.x; i < gridDim.x; i += 32) p.extremes[blockIdx.y * gridDim.x + i] = 0;
+#endif
 }
 #endif
 
@@ -336,12 +381,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_pools(const _
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const bool live = index < p.pools;
     const T_X* pool = live ? pool_start(p, index / p.pools_inner.by, index % p.pools_inner.by) : p.x;
+    wait_for_earlier_kernels();
     const uint32 size = live ? p.rows_inner.by * uint32(p.inner) : 0;
 
     SharedHistogram<COLUMNS> histogram(reinterpret_cast<uint32*>(memory), p.num_bins);
     histogram.clear();
     if (threadIdx.x < 32) nan_in[threadIdx.x] = false;
-    Range range = Range::fixed(p);
+    Bins bins = p.bins;
+    Kind kind = ORDINARY;
     if (p.own_range) {
         Extremes found;
         for_each_value(p, pool, size, [&](float v) { found.take(v); });
@@ -349,18 +396,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_pools(const _
         of_warp[warp][lane] = make_float2(found.lo, found.hi);
         __syncthreads();
         for (int w = 0; w < warps; ++w) found.take({of_warp[w][member].x, of_warp[w][member].y});
-        range = Range::own(found);
+        OwnBins own(found, p.num_bins);
+        bins = own.bins, kind = own.kind;
     }
     __syncthreads();
-    if (range.kind == ORDINARY) {
-        const Bins bins(range.lo, range.span, p.num_bins);
-        bool saw_nan = false;
-        for_each_value(p, pool, size, [&](float v) {
-            saw_nan |= isnan(v);
-            histogram.add(bins.locate<POWER_OF_TWO>(v));
-        });
-        if (saw_nan) nan_in[member] = true;
-    }
+    bool saw_nan = false;
+    for_each_value(p, pool, size, [&](float v) {
+        saw_nan |= isnan(v);
+        histogram.add(bins.locate<POWER_OF_TWO, EXACT>(v));
+    });
+    if (saw_nan || kind == INVALID) nan_in[member] = true;
     __syncthreads();
 
     double nats = 0.0;
@@ -372,9 +417,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_pools(const _
     if (warp > 0) return;
     nats = 0.0;
     for (int w = 0; w < warps; ++w) nats += partial[w][member];
-    float entropy = range.kind != ORDINARY ? range.entropy_without_counting()
-                    : nan_in[member]       ? __int_as_float(0x7fffffff)
-                                           : in_unit(nats, p.sink.inverse_unit);
+    float entropy = nan_in[member] ? __int_as_float(0x7fffffff) : in_unit(nats, p.sink.inverse_unit);
+    if (kind == CONSTANT) entropy = 0.0f;
     if (p.sink.chunk) write_chunk(p.sink, entropy);
     if (p.sink.entropy && live && lane < members) p.sink.entropy[index] = entropy;
 }

@@ -14,22 +14,28 @@
 
 constexpr int TILE = 128;
 constexpr int WARPS = 4, THREADS = WARPS * 32;
-constexpr int LANES = N <= 4 ? 1 : N <= 8 ? 2 : N <= 16 ? 4 : 8;             // lanes a channel
-constexpr int STATES = (N + LANES - 1) / LANES < 4 ? 4 : ((N + LANES - 1) / LANES + 3) / 4 * 4;  // states a lane, padded
-constexpr int ROW = LANES * STATES;                                           // states of a channel, padded
-constexpr int ABREAST = 32 / LANES, CHANNELS = WARPS * ABREAST;               // channels side by side in a warp; a block
-constexpr int EACH = 8, T = EACH * THREADS / CHANNELS;                        // elements a thread, tokens at a time
+constexpr int LANES = N <= 4 ? 1 : N <= 8 ? 2 : N <= 16 ? 4 : 8;               // lanes a channel
+constexpr int STATES = ((N + LANES - 1) / LANES + 3) / 4 * 4;                  // of a lane, padded
+constexpr int ROW = LANES * STATES, QUADS = ROW / 4;                           // states of a channel, padded; in fours
+constexpr int ABREAST = 32 / LANES, CHANNELS = WARPS * ABREAST;                // channels side by side in a warp; a block
+constexpr int EACH = 8, T = EACH * LANES;                                      // elements a thread, tokens at a time
+constexpr int BLOCKS = N > 64 ? 1 : N > 16 ? 2 : sizeof(T_U) > 2 ? 3 : 4;      // a multiprocessor: what registers allow
 
-// Rows of a channel in shared memory, padded so that lanes hit different banks.
-constexpr int SW = T + 2, SW_ALL = CHANNELS * SW + CHANNELS;                  // {step, step u}
-constexpr int SY = T + 4, SY_ALL = CHANNELS * SY + 2 * CHANNELS;              // a lane's share of <C, h>
-__device__ __forceinline__ int sw_row(int c) { return c * SW + c / 8 * 8; }
-__device__ __forceinline__ int y_row(int c) { return c * SY + c / 8 * 16; }
+// Rows of channels in shared memory, padded so that lanes hit different banks.
+constexpr int ROWS = (CHANNELS * (T + 4) + CHANNELS / 8 * 16 + 31) / 32 * 32 + (ABREAST < 8 ? 4 * ABREAST : 0);
+__device__ __forceinline__ int row_of(int c) { return c * (T + 4) + c / 8 * 16; }
 
-constexpr int BLOCKS = N > 64 ? 1 : N > 16 ? 2 : sizeof(T_U) > 2 ? 3 : 4;     // a multiprocessor: what registers allow
+constexpr int PROJECTION = T * ROW + T / 2 * 4;  // of B or C
 
-// How the elements of a (CHANNELS, T) piece of u, delta, z and y lie in the block's threads: 8 neighbouring tokens or
-// channels a thread, or neighbouring threads on neighbouring tokens or channels.
+template <bool FIND_Y> struct Memory {
+  float step[ROWS], in[ROWS];             // [channel][token]; `walk` knows that `in` follows `step`, and C follows B
+  float B[PROJECTION], C[FIND_Y ? PROJECTION : 4];
+  float bias[CHANNELS], D[CHANNELS];
+  float y[FIND_Y ? LANES * ROWS : 4];  // a lane's share of <C, h> [lane][channel][token]
+};
+
+// How the elements of a (CHANNELS, T) piece of u, delta, z and y lie among the threads: 8 neighbouring tokens or channels
+// a thread, or neighbouring threads on neighbouring tokens or channels.
 enum { TOKENS_A_THREAD, CHANNELS_A_THREAD, THREADS_ON_TOKENS, THREADS_ON_CHANNELS };
 enum { VECTORS_OF_TOKENS, VECTORS_OF_STATES, STRIDED, CONSTANT };             // B and C; CONSTANT: (D, N)
 
@@ -73,34 +79,54 @@ __device__ __forceinline__ Place locate(const Params& p) {
 // ---- elements of u, delta, z, y --------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void element(int e, int& c, int& t) {
-  const int i = threadIdx.x;
+  const int i = threadIdx.x, k = e * THREADS + i;
   if (MAP == TOKENS_A_THREAD) { c = i / (T / EACH); t = i % (T / EACH) * EACH + e; }
   else if (MAP == CHANNELS_A_THREAD) { t = i / 2 % T; c = (i % 2 + i / (2 * T) * 2) * EACH + e; }  // 32 bytes a token
-  else if (MAP == THREADS_ON_TOKENS) { t = (e * THREADS + i) % T; c = (e * THREADS + i) / T; }
-  else { c = (e * THREADS + i) % CHANNELS; t = (e * THREADS + i) / CHANNELS; }
+  else if (MAP == THREADS_ON_TOKENS) { c = k / T; t = k % T; }
+  else { c = k % CHANNELS; t = k / CHANNELS; }
 }
 
-// Kept packed: half the registers for 16-bit types.
-template <class X> struct Elements {
-  static constexpr int SIZE = Vec16<X>::SIZE;
-  Vec16<X> vectors[EACH / SIZE];
+// COUNT neighbouring elements, kept packed: half the registers for 16-bit types.
+template <class X, int COUNT> struct Elements {
+  static constexpr int BYTES = COUNT * sizeof(X), PER_WORD = 4 / sizeof(X);
+  uint32 words[BYTES / 4];
 
-  __device__ __forceinline__ void load(const X* from) {
+  __device__ __forceinline__ void load(const X* from) {  // aligned to its size, or to 16 bytes
+    if constexpr (BYTES == 4) words[0] = __ldg((const uint32*)from);
+    else if constexpr (BYTES == 8) {
+      const uint2 two = __ldg((const uint2*)from);
+      words[0] = two.x;
+      words[1] = two.y;
+    } else {
 #pragma unroll
-    for (int v = 0; v < EACH / SIZE; ++v) vectors[v] = Vec16<X>::load(from + v * SIZE);
-  }
-  __device__ __forceinline__ void pack(const X (&from)[EACH]) {  // from must be aligned to 16 bytes
-#pragma unroll
-    for (int v = 0; v < EACH / SIZE; ++v) vectors[v] = Vec16<X>::load_shared(from + v * SIZE);
-  }
-  __device__ __forceinline__ void unpack(float (&to)[EACH]) const {
-#pragma unroll
-    for (int v = 0; v < EACH / SIZE; ++v) {
-      float part[SIZE];
-      vectors[v].unpack(part);
-#pragma unroll
-      for (int i = 0; i < SIZE; ++i) to[v * SIZE + i] = part[i];
+      for (int w = 0; w < BYTES / 4; w += 4) {
+        const uint4 four = __ldg((const uint4*)(from + w * PER_WORD));
+        words[w] = four.x;
+        words[w + 1] = four.y;
+        words[w + 2] = four.z;
+        words[w + 3] = four.w;
+      }
     }
+  }
+  __device__ __forceinline__ void store(X* to) const {
+    if constexpr (BYTES == 8) *(uint2*)to = make_uint2(words[0], words[1]);
+    else {
+#pragma unroll
+      for (int w = 0; w < BYTES / 4; w += 4)
+        *(uint4*)(to + w * PER_WORD) = make_uint4(words[w], words[w + 1], words[w + 2], words[w + 3]);
+    }
+  }
+  __device__ __forceinline__ void gather(const X (&from)[COUNT]) {  // from must be aligned to 4 bytes
+#pragma unroll
+    for (int w = 0; w < BYTES / 4; ++w) words[w] = *(const uint32*)(from + w * PER_WORD);
+  }
+  __device__ __forceinline__ void pack(const float (&from)[COUNT]) {
+#pragma unroll
+    for (int w = 0; w < BYTES / 4; ++w) words[w] = pack_word(from + w * PER_WORD, X());
+  }
+  __device__ __forceinline__ void unpack(float (&to)[COUNT]) const {
+#pragma unroll
+    for (int w = 0; w < BYTES / 4; ++w) unpack_word(words[w], to + w * PER_WORD, X());
   }
 };
 
@@ -122,114 +148,120 @@ template <class X, bool VECTOR> struct Walker {
   }
 };
 
-__device__ __forceinline__ bool whole(int t0, const Place& w) {  // are all elements of this thread there
-  int c, t;
-  element(0, c, t);
-  if (MAP == TOKENS_A_THREAD) return c < w.channels && t0 + t + EACH <= w.end;
-  return t0 + t < w.end && c + EACH <= w.channels;
-}
 __device__ __forceinline__ bool there(int e, int t0, const Place& w) {
   int c, t;
   element(e, c, t);
   return c < w.channels && t0 + t < w.end;
 }
+__device__ __forceinline__ bool whole(int t0, const Place& w) { return there(0, t0, w) && there(EACH - 1, t0, w); }
 
-template <class X, bool VECTOR> __device__ __forceinline__ void load(Elements<X>& to, Walker<const X, VECTOR>& x, const Strides& st, int t0, bool all, const Place& w) {
-  if (VECTOR && all) to.load(x.at);
+// ALL: every element of the block is there.
+template <bool ALL, class X, bool VECTOR> __device__ __forceinline__ void load(Elements<X, EACH>& to, Walker<const X, VECTOR>& x, const Strides& st, int t0, const Place& w) {
+  if (VECTOR && (ALL || whole(t0, w))) to.load(x.at);
   else {
     alignas(16) X elements[EACH];
 #pragma unroll
-    for (int e = 0; e < EACH; ++e) elements[e] = there(e, t0, w) ? *x.element_at(e, st) : from_float<X>(0.f);
-    to.pack(elements);
+    for (int e = 0; e < EACH; ++e) elements[e] = ALL || there(e, t0, w) ? *x.element_at(e, st) : from_float<X>(0.f);
+    to.gather(elements);
   }
   x.advance(st);
 }
 
-__device__ __forceinline__ void store(Walker<T_U, VECTOR_Y>& y, const float (&out)[EACH], const Strides& st, int t0, const Place& w) {
-  alignas(16) T_U elements[EACH];
-#pragma unroll
-  for (int v = 0; v < EACH; v += Vec16<T_U>::SIZE) {
-    float part[Vec16<T_U>::SIZE];
-#pragma unroll
-    for (int i = 0; i < Vec16<T_U>::SIZE; ++i) part[i] = out[v + i];
-    Vec16<T_U>::pack(part).store(elements + v);
-  }
-  if (VECTOR_Y && whole(t0, w)) {
-#pragma unroll
-    for (int v = 0; v < EACH; v += Vec16<T_U>::SIZE) Vec16<T_U>::load_shared(elements + v).store(y.at + v);
+template <bool ALL> __device__ __forceinline__ void store(Walker<T_U, VECTOR_Y>& y, const float (&out)[EACH], const Strides& st, int t0, const Place& w) {
+  if (VECTOR_Y && (ALL || whole(t0, w))) {
+    Elements<T_U, EACH> packed;
+    packed.pack(out);
+    packed.store(y.at);
   } else {
 #pragma unroll
-    for (int e = 0; e < EACH; ++e) if (there(e, t0, w)) *y.element_at(e, st) = elements[e];
+    for (int e = 0; e < EACH; ++e) if (ALL || there(e, t0, w)) *y.element_at(e, st) = from_float<T_U>(out[e]);
   }
   y.advance(st);
 }
 
 // ---- B and C ---------------------------------------------------------------------------------------------------------
-// In shared memory as fp32 [token][state]: a lane reads 4 of its states of one token at a time. Within a row the groups of
-// 4 states are permuted by the token, so that threads that write one state of many tokens hit different banks.
-__device__ __forceinline__ int cell(int t, int n) { return t * ROW + (n ^ (t / 8 * 4 & (ROW - 1))); }
+// In shared memory as fp32 [token][state], read in quads of 4 states. Every second token is followed by an empty quad, so that
+// threads that write the same states of many tokens hit different banks. A thread writes two quads at a time.
+__device__ __forceinline__ int quad(int t, int q) { return 4 * (t * QUADS + t / 2 + q); }
 
 template <class X, int LAYOUT> struct Projected {
   static constexpr bool FAST = LAYOUT < STRIDED;
-  static constexpr int PIECES = LAYOUT == VECTORS_OF_TOKENS ? N * (T / 8) : T * (N / 8);  // of 8 elements
+  static constexpr int VECTORS = LAYOUT == VECTORS_OF_TOKENS ? 4 : 1, LONG = 8 / VECTORS;  // of a piece: two quads
+  static constexpr int ALONG = LAYOUT == VECTORS_OF_TOKENS ? T / LONG : (N + LONG - 1) / LONG;     // pieces along its vectors
+  static constexpr int PIECES = LAYOUT == VECTORS_OF_TOKENS ? ALONG * ((N + 3) / 4) : ALONG * T;
   static constexpr int SHARE = THREADS / 2, EACH_THREAD = FAST ? (PIECES + SHARE - 1) / SHARE : 1;
   static constexpr bool AHEAD = FAST && EACH_THREAD <= 2;  // loaded a round ahead, into registers
-  Elements<X> piece[AHEAD ? EACH_THREAD : 1];
+  Elements<X, LONG> piece[AHEAD ? EACH_THREAD : 1][VECTORS];
+  const X *base, *at[AHEAD ? EACH_THREAD : 1];
+  const int id;  // counts the threads that work on this projection
 
+  __device__ __forceinline__ Projected(const X* x, const Projection& st, int id, int first) : base(x), id(id) {
+#pragma unroll
+    for (int k = 0; k < (AHEAD ? EACH_THREAD : 0); ++k) at[k] = address(k * SHARE + id, st, first);
+  }
   static __device__ __forceinline__ void start(int i, int& n, int& t) {
-    if (LAYOUT == VECTORS_OF_TOKENS) { n = i / (T / 8); t = i % (T / 8) * 8; }
-    else { t = i / (N / 8); n = i % (N / 8) * 8; }
+    if (LAYOUT == VECTORS_OF_TOKENS) { n = i / ALONG * 4; t = i % ALONG * LONG; }
+    else { n = i % ALONG * LONG; t = i / ALONG; }
   }
-  static __device__ __forceinline__ void load_piece(Elements<X>& to, const X* x, const Projection& st, int i, int t0, int end) {
+  __device__ __forceinline__ const X* address(int i, const Projection& st, int t0) const {
     int n, t;
     start(i, n, t);
-    const X* from = x + n * st.state + (t0 + t) * st.token;
-    if (LAYOUT == VECTORS_OF_TOKENS ? t0 + t + 8 <= end : t0 + t < end) to.load(from);
-    else {
-      alignas(16) X elements[8];
+    return base + n * st.state + (t0 + t) * st.token;
+  }
+  template <bool ALL> static __device__ __forceinline__ void load_piece(Elements<X, LONG> (&to)[VECTORS], const X* from, const Projection& st, int i, int t0, int end) {
+    int n, t;
+    start(i, n, t);
 #pragma unroll
-      for (int e = 0; e < 8; ++e)
-        elements[e] = LAYOUT == VECTORS_OF_TOKENS && t0 + t + e < end ? from[e] : from_float<X>(0.f);
-      to.pack(elements);
+    for (int v = 0; v < VECTORS; ++v) {
+      const int n_v = LAYOUT == VECTORS_OF_TOKENS ? n + v : n, t_v = t0 + t + (LAYOUT == VECTORS_OF_TOKENS ? 0 : v);
+      const X* vector = from + v * (LAYOUT == VECTORS_OF_TOKENS ? st.state : st.token);
+      const bool state = LAYOUT == VECTORS_OF_STATES || N % 4 == 0 || n_v < N;
+      if (state && (ALL || (LAYOUT == VECTORS_OF_TOKENS ? t_v + LONG <= end : t_v < end))) to[v].load(vector);
+      else {
+        alignas(16) X elements[LONG];
+#pragma unroll
+        for (int e = 0; e < LONG; ++e)
+          elements[e] = LAYOUT == VECTORS_OF_TOKENS && state && t_v + e < end ? vector[e] : from_float<X>(0.f);
+        to[v].gather(elements);
+      }
     }
   }
-  static __device__ __forceinline__ void put_piece(float* s, const Elements<X>& from, int i) {
+  static __device__ __forceinline__ void put_piece(float* s, const Elements<X, LONG> (&from)[VECTORS], int i) {
     int n, t;
     start(i, n, t);
-    float f[8];
-    from.unpack(f);
-    if (LAYOUT == VECTORS_OF_TOKENS) {
-      float* to = s + cell(t, n);  // all 8 tokens are permuted alike
+    float f[VECTORS][LONG];
 #pragma unroll
-      for (int e = 0; e < 8; ++e) to[e * ROW] = f[e];
-    } else {
-      *(float4*)(s + cell(t, n)) = make_float4(f[0], f[1], f[2], f[3]);
-      *(float4*)(s + cell(t, n + 4)) = make_float4(f[4], f[5], f[6], f[7]);
+    for (int v = 0; v < VECTORS; ++v) from[v].unpack(f[v]);
+#pragma unroll
+    for (int q = 0; q < 2; ++q) {
+      if (LAYOUT == VECTORS_OF_TOKENS) *(float4*)(s + quad(t + q, n / 4)) = make_float4(f[0][q], f[1][q], f[2][q], f[3][q]);
+      else *(float4*)(s + quad(t, n / 4 + q)) = make_float4(f[0][4 * q], f[0][4 * q + 1], f[0][4 * q + 2], f[0][4 * q + 3]);
     }
   }
 
-  // `id` counts the threads that work on this projection.
-  __device__ __forceinline__ void load(const X* x, const Projection& st, int id, int t0, int end) {
+  template <bool ALL> __device__ __forceinline__ void load(const Projection& st, int t0, int end) {
     if constexpr (AHEAD)
 #pragma unroll
-      for (int k = 0; k < EACH_THREAD; ++k)
-        if (PIECES % SHARE == 0 || k * SHARE + id < PIECES) load_piece(piece[k], x, st, k * SHARE + id, t0, end);
+      for (int k = 0; k < EACH_THREAD; ++k) {
+        if (PIECES % SHARE == 0 || k * SHARE + id < PIECES) load_piece<ALL>(piece[k], at[k], st, k * SHARE + id, t0, end);
+        at[k] += T * st.token;
+      }
   }
-  __device__ __forceinline__ void put(float* s, const X* x, const Projection& st, int id, int t0, int end) {
+  __device__ __forceinline__ void put(float* s, const Projection& st, int t0, int end) {
     if constexpr (AHEAD) {
 #pragma unroll
       for (int k = 0; k < EACH_THREAD; ++k)
         if (PIECES % SHARE == 0 || k * SHARE + id < PIECES) put_piece(s, piece[k], k * SHARE + id);
     } else if constexpr (FAST) {
       for (int i = id; i < PIECES; i += SHARE) {
-        load_piece(piece[0], x, st, i, t0, end);
+        load_piece<false>(piece[0], address(i, st, t0), st, i, t0, end);
         put_piece(s, piece[0], i);
       }
     } else if constexpr (LAYOUT == STRIDED) {
       for (int i = id; i < T * N; i += SHARE) {
         const bool by_state = st.state < st.token;
         const int n = by_state ? i % N : i / T, t = by_state ? i / N : i % T;
-        s[cell(t, n)] = t0 + t < end ? to_float(x[n * st.state + (t0 + t) * st.token]) : 0.f;
+        s[quad(t, n / 4) + n % 4] = t0 + t < end ? to_float(base[n * st.state + (t0 + t) * st.token]) : 0.f;
       }
     }
   }
@@ -245,138 +277,150 @@ __device__ __forceinline__ float carry(float A, float sum, float H, float s) {
 
 // ---- the passes ------------------------------------------------------------------------------------------------------
 
-template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const Params& p) {
-  extern __shared__ __align__(16) float memory[];
-  float* next_float = memory;
-  auto take = [&](int floats) { float* here = next_float; next_float += floats; return here; };
-  float2* s_sw = (float2*)take(2 * SW_ALL);                // {step, step u} [channel][token]
-  float* s_B = take(T * ROW);
-  float* s_bias = take(CHANNELS);
-  float* s_C = take(FIND_Y ? T * ROW : 0);
-  float* s_D = take(FIND_Y ? CHANNELS : 0);
-  float* s_y = take(FIND_Y ? LANES * SY_ALL : 0);          // each lane's share of <C, h> [lane][channel][token]
-  const Place w = locate(p);
-  if (!w.any) return;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int sub = lane / ABREAST, mine = warp * ABREAST + lane % ABREAST;  // this lane's states, its channel of the block
-  const int64 rows = (int64)p.batch * p.channels, channel = w.channel + mine, row = w.b * (int64)p.channels + channel;
-  auto exists = [&](int i) { return mine < w.channels && (ROW == N || sub * STATES + i < N); };
+// What all threads do for a block's channels, element by element: steps and inputs before the walk, y after it.
+template <bool FIND_Y> struct Elementwise {
+  const Params& p;
+  const Place& w;
+  Memory<FIND_Y>& memory;
+  Walker<const T_U, VECTOR_U> u;
+  Walker<const T_DELTA, VECTOR_DELTA> delta;
+  Walker<const T_Z, VECTOR_Z> z;
+  Walker<T_U, VECTOR_Y> y;
+  Elements<T_U, EACH> u_next, u_now;
+  Elements<T_DELTA, EACH> delta_next;
+  Elements<T_Z, EACH> z_next, z_now;
+  const bool stages_B;
+  Projected<T_B, LAYOUT_B> B;
+  Projected<T_C, LAYOUT_C> C;
 
-  Walker<const T_U, VECTOR_U> u(p.u, p.su, w);
-  Walker<const T_DELTA, VECTOR_DELTA> delta(p.delta, p.sdelta, w);
-  Walker<const T_Z, VECTOR_Z> z(p.z, p.sz, w);
-  Walker<T_U, VECTOR_Y> y(p.y, p.sy, w);
-  const T_B* B = p.B + (LAYOUT_B == CONSTANT ? 0 : w.b * p.sB.batch + w.g * p.sB.group);
-  const T_C* C = p.C + (LAYOUT_C == CONSTANT ? 0 : w.b * p.sC.batch + w.g * p.sC.group);
+  __device__ __forceinline__ Elementwise(const Params& p, const Place& w, Memory<FIND_Y>& memory)
+      : p(p), w(w), memory(memory), u(p.u, p.su, w), delta(p.delta, p.sdelta, w), z(p.z, p.sz, w), y(p.y, p.sy, w), stages_B(threadIdx.x < THREADS / 2),
+        B(p.B + w.b * p.sB.batch + w.g * p.sB.group, p.sB, threadIdx.x % (THREADS / 2), w.first),
+        C(p.C + w.b * p.sC.batch + w.g * p.sC.group, p.sC, threadIdx.x % (THREADS / 2), w.first) {}
 
-  Elements<T_U> next_u;
-  Elements<T_DELTA> next_delta;
-  Elements<T_Z> next_z;
-  Projected<T_B, LAYOUT_B> next_B;
-  Projected<T_C, LAYOUT_C> next_C;
-  const bool stages_B = threadIdx.x < THREADS / 2;
-  const int id = threadIdx.x % (THREADS / 2);
-  auto fetch = [&](int t0) {
-    const bool all = whole(t0, w);
-    load(next_u, u, p.su, t0, all, w);
-    load(next_delta, delta, p.sdelta, t0, all, w);
-    if (HAS_Z && FIND_Y) load(next_z, z, p.sz, t0, all, w);
-    if (stages_B) next_B.load(B, p.sB, id, t0, w.end);
-    else if (FIND_Y) next_C.load(C, p.sC, id, t0, w.end);
-  };
-
-  fetch(w.first);
-
-  float A[STATES], h[STATES], s[STATES], H[STATES], sum = 0.f;
-  float fixed_B[STATES], fixed_C[STATES];  // where constant
-#pragma unroll
-  for (int i = 0; i < STATES; ++i) {
-    const int n = sub * STATES + i;
-    A[i] = exists(i) ? finite(__fmul_rn(p.A[channel * p.A_channel + n * p.A_state], LOG2E)) : 0.f;
-    if (LAYOUT_B == CONSTANT) fixed_B[i] = exists(i) ? to_float(B[channel * p.sB.token + n * p.sB.state]) : 0.f;
-    if (LAYOUT_C == CONSTANT) fixed_C[i] = exists(i) ? to_float(C[channel * p.sC.token + n * p.sC.state]) : 0.f;
-    const bool starts = FIND_S && FIND_Y && p.initial && exists(i);
-    H[i] = starts ? p.initial[w.b * p.initial_batch + channel * p.initial_channel + n * p.initial_state] : 0.f;
-    s[i] = 0.f;
-    h[i] = H[i];
+  template <bool ALL> __device__ __forceinline__ void fetch(int t0) {
+    load<ALL>(u_next, u, p.su, t0, w);
+    load<ALL>(delta_next, delta, p.sdelta, t0, w);
+    if (FIND_Y && HAS_Z) load<ALL>(z_next, z, p.sz, t0, w);
+    if (stages_B) B.template load<ALL>(p.sB, t0, w.end);
+    else if (FIND_Y) C.template load<ALL>(p.sC, t0, w.end);
   }
-  for (int c = threadIdx.x; c < CHANNELS; c += THREADS) {
-    s_bias[c] = HAS_BIAS && c < w.channels ? p.bias[(w.channel + c) * p.bias_channel] : 0.f;
-    if (FIND_Y) s_D[c] = HAS_D && c < w.channels ? p.D[(w.channel + c) * p.D_channel] : 0.f;
-  }
-  if (ROW > N)  // padded states read what nobody writes: it must be finite
-    for (int i = threadIdx.x; i < T * ROW; i += THREADS) {
-      s_B[i] = 0.f;
-      if (FIND_Y) s_C[i] = 0.f;
-    }
-  __syncthreads();
 
-#pragma unroll 1
-  for (int t0 = w.first; t0 < w.end; t0 += T) {
-    if (!FIND_S && t0 % TILE == 0) {  // the states before this tile, from scan_carry
-      const float* from = p.tiles + (t0 / TILE * rows + row) * N + sub * STATES;
+  template <bool ALL> __device__ __forceinline__ void stage(int t0) {  // steps and inputs, B and C
+    float step[EACH], in[EACH];
+    int c, t;
+    delta_next.unpack(step);
+    u_now = u_next;
+    z_now = z_next;
+    u_now.unpack(in);
 #pragma unroll
-      for (int i = 0; i < STATES; ++i) h[i] = exists(i) ? from[i] : 0.f;
+    for (int e = 0; e < EACH; ++e) {
+      element(e, c, t);
+      if (HAS_BIAS) step[e] = __fadd_rn(step[e], memory.bias[c]);
+      if (SOFTPLUS) step[e] = softplus(step[e]);
+      if (!ALL && t0 + t >= w.end) step[e] = 0.f;  // beyond the end nothing decays and nothing enters
+      in[e] = __fmul_rn(step[e], in[e]);
     }
-
-    const Elements<T_U> u_now = next_u;
-    const Elements<T_Z> z_now = next_z;
-    {  // elementwise: steps and inputs
-      float step[EACH], in[EACH];
-      int c, t;
-      next_delta.unpack(step);
-      u_now.unpack(in);
+    element(0, c, t);
+    if (MAP == TOKENS_A_THREAD) {
+#pragma unroll
+      for (int e = 0; e < EACH; e += 4) {
+        *(float4*)(memory.step + row_of(c) + t + e) = make_float4(step[e], step[e + 1], step[e + 2], step[e + 3]);
+        *(float4*)(memory.in + row_of(c) + t + e) = make_float4(in[e], in[e + 1], in[e + 2], in[e + 3]);
+      }
+    } else {
 #pragma unroll
       for (int e = 0; e < EACH; ++e) {
         element(e, c, t);
-        if (HAS_BIAS) step[e] = __fadd_rn(step[e], s_bias[c]);
-        if (SOFTPLUS) step[e] = softplus(step[e]);
-      }
-      if (t0 + T > w.end) {  // beyond the end nothing decays and nothing enters
-#pragma unroll
-        for (int e = 0; e < EACH; ++e) {
-          element(e, c, t);
-          if (t0 + t >= w.end) step[e] = 0.f;
-        }
-      }
-#pragma unroll
-      for (int e = 0; e < EACH; ++e) in[e] = __fmul_rn(step[e], in[e]);
-      element(0, c, t);
-      if (MAP == TOKENS_A_THREAD) {
-#pragma unroll
-        for (int e = 0; e < EACH; e += 2) *(float4*)(s_sw + sw_row(c) + t + e) = make_float4(step[e], in[e], step[e + 1], in[e + 1]);
-      } else {
-#pragma unroll
-        for (int e = 0; e < EACH; ++e) {
-          element(e, c, t);
-          s_sw[sw_row(c) + t] = make_float2(step[e], in[e]);
-        }
+        memory.step[row_of(c) + t] = step[e];
+        memory.in[row_of(c) + t] = in[e];
       }
     }
-    if (stages_B) next_B.put(s_B, B, p.sB, id, t0, w.end);
-    else if (FIND_Y) next_C.put(s_C, C, p.sC, id, t0, w.end);
-    __syncthreads();
+    if (stages_B) B.put(memory.B, p.sB, t0, w.end);
+    else if (FIND_Y) C.put(memory.C, p.sC, t0, w.end);
+  }
 
-    if (t0 + T < w.end) fetch(t0 + T);  // arrives while these tokens are walked
+  template <bool ALL> __device__ __forceinline__ void finish(int t0) {  // sum over lanes, skip and gate
+    float out[EACH], skip[EACH], gate[EACH];
+    int c, t;
+#pragma unroll
+    for (int l = 0; l < LANES; ++l) {
+      alignas(16) float share[EACH];
+      const float* from = memory.y + l * ROWS;
+      element(0, c, t);
+#pragma unroll
+      for (int e = 0; e < EACH; e += MAP == TOKENS_A_THREAD ? 4 : 1) {
+        if (MAP == TOKENS_A_THREAD) *(float4*)(share + e) = *(const float4*)(from + row_of(c) + t + e);
+        else { element(e, c, t); share[e] = from[row_of(c) + t]; }
+      }
+#pragma unroll
+      for (int e = 0; e < EACH; ++e) out[e] = l ? __fadd_rn(out[e], share[e]) : share[e];
+    }
+    u_now.unpack(skip);
+    z_now.unpack(gate);
+#pragma unroll
+    for (int e = 0; e < EACH; ++e) {
+      element(e, c, t);
+      if (HAS_D) out[e] = fmaf(memory.D[c], skip[e], out[e]);
+      if (HAS_Z) out[e] = __fmul_rn(out[e], __fmul_rn(gate[e], sigmoid(gate[e])));
+    }
+    store<ALL>(y, out, p.sy, t0, w);
+  }
+};
 
+// A lane's states of its channel.
+template <bool FIND_S, bool FIND_Y> struct Lane {
+  const Params& p;
+  const Place& w;
+  Memory<FIND_Y>& memory;
+  const int sub, mine;  // which states, which channel of the block
+  const int64 rows, channel, row;
+  float A[STATES], h[STATES], s[STATES], H[STATES], sum;
+  float fixed_B[STATES], fixed_C[STATES];  // where constant
+
+  __device__ __forceinline__ bool exists(int i) const { return mine < w.channels && (ROW == N || sub * STATES + i < N); }
+
+  __device__ __forceinline__ Lane(const Params& p, const Place& w, Memory<FIND_Y>& memory)
+      : p(p), w(w), memory(memory), sub(threadIdx.x % 32 / ABREAST), mine(threadIdx.x / 32 * ABREAST + threadIdx.x % ABREAST),
+        rows((int64)p.batch * p.channels), channel(w.channel + mine), row(w.b * (int64)p.channels + channel), sum(0.f) {
+#pragma unroll
+    for (int i = 0; i < STATES; ++i) {
+      const int n = sub * STATES + i;
+      A[i] = exists(i) ? finite(__fmul_rn(p.A[channel * p.A_channel + n * p.A_state], LOG2E)) : 0.f;
+      if (LAYOUT_B == CONSTANT) fixed_B[i] = exists(i) ? to_float(p.B[channel * p.sB.token + n * p.sB.state]) : 0.f;
+      if (LAYOUT_C == CONSTANT) fixed_C[i] = exists(i) ? to_float(p.C[channel * p.sC.token + n * p.sC.state]) : 0.f;
+      const bool starts = FIND_S && FIND_Y && p.initial && exists(i);
+      H[i] = starts ? p.initial[w.b * p.initial_batch + channel * p.initial_channel + n * p.initial_state] : 0.f;
+      s[i] = 0.f;
+      h[i] = H[i];
+    }
+  }
+
+  __device__ __forceinline__ void begin_tile(int t0) {  // from the states that scan_carry found
+    const float* from = p.tiles + (t0 / TILE * rows + row) * N + sub * STATES;
+#pragma unroll
+    for (int i = 0; i < STATES; ++i) h[i] = exists(i) ? from[i] : 0.f;
+  }
+
+  __device__ __forceinline__ void walk() {
+    const float *steps = memory.step + row_of(mine), *Bs = memory.B + quad(0, sub * STATES / 4);
+    float* shares = memory.y + sub * ROWS + row_of(mine);
 #pragma unroll (FIND_S && FIND_Y ? 1 : 2)
-    for (int t = 0; t < T; t += 4) {
-      const float4 first = *(const float4*)(s_sw + sw_row(mine) + t), second = *(const float4*)(s_sw + sw_row(mine) + t + 2);
-      const float step[4] = {first.x, first.z, second.x, second.z}, in[4] = {first.y, first.w, second.y, second.w};
+    for (int t = 0; t < T; t += 4, steps += 4, Bs += quad(4, 0), shares += 4) {
+      const float4 step_4 = *(const float4*)steps, in_4 = *(const float4*)(steps + ROWS);
       float part[4];
 #pragma unroll
       for (int q = 0; q < STATES; q += 4) {
-        const float *B_4 = s_B + cell(t, sub * STATES + q), *C_4 = s_C + cell(t, sub * STATES + q);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
+          const float* at = Bs + quad(j, q / 4);
           float4 b, c;
-          if (LAYOUT_B != CONSTANT) b = *(const float4*)(B_4 + j * ROW);
-          if (FIND_Y && LAYOUT_C != CONSTANT) c = *(const float4*)(C_4 + j * ROW);
-          if (FIND_S && q == 0) sum = __fadd_rn(sum, step[j]);
+          if (LAYOUT_B != CONSTANT) b = *(const float4*)at;
+          if (FIND_Y && LAYOUT_C != CONSTANT) c = *(const float4*)(at + PROJECTION);
 #pragma unroll
           for (int i = q; i < q + 4; ++i) {
-            const float a = ex2(__fmul_rn(A[i], step[j]));
-            float x = __fmul_rn(in[j], LAYOUT_B == CONSTANT ? fixed_B[i] : (&b.x)[i - q]);
+            const float a = ex2(__fmul_rn(A[i], (&step_4.x)[j]));
+            float x = __fmul_rn((&in_4.x)[j], LAYOUT_B == CONSTANT ? fixed_B[i] : (&b.x)[i - q]);
             if (ROW > N && sub * STATES + i >= N) x = 0.f;  // also where the input is infinite
             if (FIND_S) s[i] = fmaf(a, s[i], x);
             if (FIND_Y) {
@@ -387,64 +431,71 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
           }
         }
       }
-      if (FIND_Y) *(float4*)(s_y + sub * SY_ALL + y_row(mine) + t) = make_float4(part[0], part[1], part[2], part[3]);
+      if (FIND_Y) *(float4*)shares = make_float4(part[0], part[1], part[2], part[3]);
     }
-
-    if (FIND_S && ((t0 + T) % TILE == 0 || t0 + T >= w.end)) {  // the tile's end
-      const int64 to = (FIND_Y ? 0 : t0 / TILE * rows) + row;
+    if (FIND_S) {  // lanes share the work of summing the steps
+      steps -= T;
 #pragma unroll
-      for (int i = 0; i < STATES; ++i) {
-        if (FIND_Y) H[i] = carry(A[i], sum, H[i], s[i]);
-        if (FIND_Y && t0 + T >= p.length && exists(i)) p.last[to * N + sub * STATES + i] = H[i];
-        if (!FIND_Y && exists(i)) p.tiles[to * N + sub * STATES + i] = s[i];
-        s[i] = 0.f;
-        h[i] = H[i];
+      for (int t = 4 * sub; t < T; t += 4 * LANES) {
+        const float4 four = *(const float4*)(steps + t);
+        sum = __fadd_rn(sum, __fadd_rn(__fadd_rn(four.x, four.y), __fadd_rn(four.z, four.w)));
       }
-      if (!FIND_Y && sub == 0 && exists(0)) p.sums[to] = sum;
-      sum = 0.f;
     }
+  }
+
+  __device__ __forceinline__ void end_tile(int t0) {
+#pragma unroll
+    for (int lanes = 16; lanes >= ABREAST; lanes /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, lanes));
+    const int64 to = (FIND_Y ? 0 : t0 / TILE * rows) + row;
+#pragma unroll
+    for (int i = 0; i < STATES; ++i) {
+      if (FIND_Y) H[i] = carry(A[i], sum, H[i], s[i]);
+      if (FIND_Y && t0 + T >= p.length && exists(i)) p.last[to * N + sub * STATES + i] = H[i];
+      if (!FIND_Y && exists(i)) p.tiles[to * N + sub * STATES + i] = s[i];
+      s[i] = 0.f;
+      h[i] = H[i];
+    }
+    if (!FIND_Y && sub == 0 && exists(0)) p.sums[to] = sum;
+    sum = 0.f;
+  }
+};
+
+template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const Params& p) {
+  extern __shared__ __align__(16) float shared[];
+  Memory<FIND_Y>& memory = *(Memory<FIND_Y>*)shared;
+  wait_for_earlier_kernels();
+  const Place w = locate(p);
+  if (!w.any) return;
+  Elementwise<FIND_Y> elementwise(p, w, memory);
+  elementwise.template fetch<false>(w.first);
+  Lane<FIND_S, FIND_Y> lane(p, w, memory);
+  for (int c = threadIdx.x; c < CHANNELS; c += THREADS) {
+    memory.bias[c] = HAS_BIAS && c < w.channels ? p.bias[(w.channel + c) * p.bias_channel] : 0.f;
+    memory.D[c] = HAS_D && c < w.channels ? p.D[(w.channel + c) * p.D_channel] : 0.f;
+  }
+  if (ROW > N)  // padded states read what nobody writes: it must be finite
+    for (int i = threadIdx.x; i < PROJECTION; i += THREADS) {
+      memory.B[i] = 0.f;
+      if (FIND_Y) memory.C[i] = 0.f;
+    }
+  __syncthreads();
+
+#pragma unroll 1
+  for (int t0 = w.first; t0 < w.end; t0 += T) {
+    // These tokens and the next. Pays for twice the code only where loads are vectors.
+    const bool all = VECTOR_U && VECTOR_DELTA && VECTOR_Y && w.channels == CHANNELS && t0 + 2 * T <= w.end;
+    if (!FIND_S && t0 % TILE == 0) lane.begin_tile(t0);
+    if (all) elementwise.template stage<true>(t0);
+    else elementwise.template stage<false>(t0);
     __syncthreads();
-
-    if (FIND_Y) {  // elementwise: sum over lanes, skip and gate
-      float out[EACH];
-      int c, t;
-      if (MAP == TOKENS_A_THREAD) {
-        element(0, c, t);
-#pragma unroll
-        for (int e = 0; e < EACH; e += 4) {
-          float4 v = *(const float4*)(s_y + y_row(c) + t + e);
-#pragma unroll
-          for (int l = 1; l < LANES; ++l) {
-            const float4 more = *(const float4*)(s_y + l * SY_ALL + y_row(c) + t + e);
-            v.x = __fadd_rn(v.x, more.x);
-            v.y = __fadd_rn(v.y, more.y);
-            v.z = __fadd_rn(v.z, more.z);
-            v.w = __fadd_rn(v.w, more.w);
-          }
-          out[e] = v.x;
-          out[e + 1] = v.y;
-          out[e + 2] = v.z;
-          out[e + 3] = v.w;
-        }
-      } else {
-#pragma unroll
-        for (int e = 0; e < EACH; ++e) {
-          element(e, c, t);
-          out[e] = s_y[y_row(c) + t];
-#pragma unroll
-          for (int l = 1; l < LANES; ++l) out[e] = __fadd_rn(out[e], s_y[l * SY_ALL + y_row(c) + t]);
-        }
-      }
-      float skip[EACH], gate[EACH];
-      u_now.unpack(skip);
-      z_now.unpack(gate);
-#pragma unroll
-      for (int e = 0; e < EACH; ++e) {
-        element(e, c, t);
-        if (HAS_D) out[e] = fmaf(s_D[c], skip[e], out[e]);
-        if (HAS_Z) out[e] = __fmul_rn(out[e], __fmul_rn(gate[e], sigmoid(gate[e])));
-      }
-      store(y, out, p.sy, t0, w);
+    if (all) elementwise.template fetch<true>(t0 + T);  // arrives while these tokens are walked
+    else elementwise.template fetch<false>(t0 + T);
+    lane.walk();
+    if (FIND_S && ((t0 + T) % TILE == 0 || t0 + T >= w.end)) lane.end_tile(t0);
+    __syncthreads();
+    if (FIND_Y) {
+      if (all) elementwise.template finish<true>(t0);
+      else elementwise.template finish<false>(t0);
     }
   }
 }
@@ -455,6 +506,7 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void scan_outputs(const
 
 // One thread a (batch row, channel, state): s of every tile becomes the state before it.
 extern "C" __global__ void scan_carry(const __grid_constant__ Params p) {
+  wait_for_earlier_kernels();
   const int64 rows = (int64)p.batch * p.channels, i = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= rows * N) return;
   const int64 row = i / N, b = row / p.channels, channel = row % p.channels;

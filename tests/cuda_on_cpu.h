@@ -1,6 +1,6 @@
 // Runs a CUDA kernel on the CPU, for tests of its logic where there is no GPU. Every thread of a block is a fiber that
 // runs until its next __syncthreads; blocks run one after another, last first, and shared memory starts as garbage. It
-// knows what kernels/selective_scan.cu uses: no shuffles, no atomics, and exp2 and 1/x in place of the GPU's.
+// knows what kernels/selective_scan.cu uses: shuffles that the whole block takes part in, no atomics, and exp2 and 1/x in place of the GPU's.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -21,8 +21,10 @@ using std::max;
 using std::min;
 
 struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
@@ -58,6 +60,15 @@ inline ucontext_t scheduler;
 inline void* shared_memory;
 #define threadIdx (running->thread)
 inline void __syncthreads() { swapcontext(&running->context, &scheduler); }
+inline float __shfl_xor_sync(unsigned, float mine, int lanes) {
+  static float offered[1024];
+  const unsigned me = threadIdx.x;
+  offered[me] = mine;
+  __syncthreads();
+  const float theirs = offered[me ^ lanes];
+  __syncthreads();
+  return theirs;
+}
 
 template <class Params> void run_grid(void (*kernel)(const Params), const Params& params, unsigned grid, unsigned threads, size_t shared) {
   static const Params* argument;

@@ -2,8 +2,8 @@
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python tests/sanitize.py [part]
 
-Tools: memcheck, racecheck, initcheck, synccheck. part: scan, entropy, hadamard, conv, update or all (default). Shapes
-are tiny: a tool slows kernels down 10 to 100 times.
+Tools: memcheck, racecheck, initcheck, synccheck. part: scan, entropy, hadamard, conv, update, norm or all (default).
+Shapes are tiny: a tool slows kernels down 10 to 100 times.
 Every allocation is a cudaMalloc of its own, so that a step beyond a tensor is a step beyond an allocation.
 """
 
@@ -108,8 +108,18 @@ def update():
         finite(selective_state_update(state, x, dt.abs(), A, B, C), state)
 
 
+def norm():
+    from corey.norm import add_rms_norm
+
+    for width in (1, 60, 64, 768, 8192):
+        for dtype in (bf16, f32):
+            x, weight = torch.randn(3, width, device="cuda").to(dtype), torch.ones(width, device="cuda").to(dtype)
+            _, residual = add_rms_norm(x, None, weight)
+            finite(*add_rms_norm(x, residual, weight), *add_rms_norm(x[-1:], residual[-1:], weight))
+
+
 def main():
-    parts = {"scan": scan, "entropy": entropy, "hadamard": hadamard, "conv": conv, "update": update}
+    parts = {"scan": scan, "entropy": entropy, "hadamard": hadamard, "conv": conv, "update": update, "norm": norm}
     asked = sys.argv[1] if len(sys.argv) > 1 else "all"
     for name, part in parts.items():
         if asked not in (name, "all"):

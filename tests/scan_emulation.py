@@ -27,7 +27,7 @@ class Emulation:
     def function(self, source, name, device, macros):
         return _Function(self._library(source, macros), KERNELS_OF_SCAN.index(name))
 
-    def launch(self, function, grid, threads, shared_bytes, params):
+    def launch(self, function, grid, threads, shared_bytes, params, early=False):
         function.library.run(function.which, bytes(params), grid[0], threads, shared_bytes)
 
     def source_version(self):
@@ -37,7 +37,7 @@ class Emulation:
         if macros not in self.built:
             folder = self.folder / str(len(self.built))
             folder.mkdir()
-            text = (KERNELS / source).read_text().replace("extern __shared__ __align__(16) float memory[];", _MEMORY)
+            text = (KERNELS / source).read_text().replace("extern __shared__ __align__(16) float shared[];", _MEMORY)
             (folder / "kernel.cu").write_text(self.change(text) if self.change else text)
             header = (KERNELS / "common.cuh").read_text()
             header = re.sub(r'asm\("ex2.*\);', "y = exp2f(x);", header)
@@ -74,7 +74,7 @@ class Emulation:
         return self.built[macros]
 
 
-_MEMORY = "float* memory = (float*)shared_memory;"
+_MEMORY = "float* shared = (float*)shared_memory;"
 _RUN = """#include "cuda_on_cpu.h"
 #include "kernel.cu"
 extern "C" void run(int which, const void* params, unsigned grid, unsigned threads, unsigned shared) {
@@ -102,7 +102,7 @@ def emulated(tmp_path, monkeypatch):
     """A function (inputs, chunk_size, change=...) -> y, last state, both written over NaN."""
     if shutil.which("g++") is None or int(subprocess.check_output(["g++", "-dumpversion"]).split(b".")[0]) < 12:
         pytest.skip("g++ 12 or later is not installed, which compiles the kernel for the CPU")
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: _Properties)
     emulations = {}
 

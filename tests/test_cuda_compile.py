@@ -16,6 +16,7 @@ MODULES = [
     "corey._hadamard_cuda",
     "corey._conv_cuda",
     "corey._state_update_cuda",
+    "corey._norm_cuda",
 ]
 
 

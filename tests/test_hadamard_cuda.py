@@ -61,10 +61,10 @@ def test_loads_are_as_wide_as_rows_are_aligned(address, n, strides, itemsize, lo
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_every_width_has_a_block_that_fits(itemsize):
     for width in [2**k for k in range(1, 16)]:
-        threads, rows, shared_bytes = _hadamard_cuda.plan(itemsize, width)
-        columns = rows * width // threads
-        assert columns * threads == rows * width and columns <= 64
-        assert threads % 32 == 0 and threads <= 512 and shared_bytes <= 163 * 1024
+        threads, rows, shared_bytes, blocks = _hadamard_cuda.plan(itemsize, width)
+        columns = rows * width // blocks // threads
+        assert columns * threads * blocks == rows * width and columns <= 64
+        assert threads % 32 == 0 and threads <= 256 and shared_bytes <= 99 * 1024
 
 
 # ---- results, on a GPU -----------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ BREAKS = {
     "carry stale": ("if (FIND_Y) H[i] = carry(A[i], sum, H[i], s[i]);", ""),
     "tail dropped": ("w.end = min(w.first + chunk, p.length);", "w.end = min(w.first + chunk, p.length / 8 * 8);"),
     "last state lost": ("  p.last[i] = H;\n", ""),
-    "beyond the end": ("if (t0 + t >= w.end) step[e] = 0.f;", ""),
+    "beyond the end": ("if (!ALL && t0 + t >= w.end) step[e] = 0.f;", ""),
 }
 
 
