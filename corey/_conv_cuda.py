@@ -12,14 +12,12 @@ from corey._plans import ABSENT, Plans, alignment, empty
 SOURCE = "causal_conv1d.cu"
 MAX_BINS = _entropy_cuda.MAX_BINS
 CHANNELS = 4  # a thread of the token-major kernel moves at once
-WALKS = (32, 16, 8)  # tokens a thread of it walks: the most that leaves every multiprocessor full
+_WALKS, _COUNTING_WALKS = (24, 16, 8), (32, 16, 8)  # tokens a thread of it walks: the most that keeps the device busy
 VECTORS = 4  # a thread of the channel-major kernel computes, as in the kernel
 
 _THREADS, _UPDATE_THREADS = 256, 128  # as in the kernel
 _WALKERS, _COUNTING_WALKERS = 256, 512  # threads of the token-major kernel, as there
-# Threads of the token-major kernel that keep a multiprocessor busy. One that counts goes on to another walk with a gap
-# between the two, so that all walks at once are better even if they leave some places empty.
-_RESIDENT, _COUNTING_RESIDENT = 768, 480
+_BUSY = 480  # threads of it that keep a multiprocessor busy
 
 _POINTERS = struct.Struct("=6Q")
 _NUMBERS = struct.Struct("=10qIiii")
@@ -231,9 +229,10 @@ def _plan(x, weight, silu, initial_state, counting):
     if token_major(x):
         name = "causal_conv1d_token_major"
         channels = CHANNELS if _channels_are_vectors(x) else 1
-        busy = processors * (_COUNTING_RESIDENT if counting else _RESIDENT)
-        threads = _COUNTING_WALKERS if counting else _WALKERS
-        blocks, segments, lanes, walk = _token_major_split(batch, dim, length, channels, busy, threads)
+        walks, threads = (_COUNTING_WALKS, _COUNTING_WALKERS) if counting else (_WALKS, _WALKERS)
+        blocks, segments, lanes, walk = _token_major_split(
+            batch, dim, length, channels, walks, processors * _BUSY, threads
+        )
     else:
         name = "causal_conv1d_channel_major"
         channels = 1
@@ -268,13 +267,13 @@ def _channels_are_vectors(x):
     return x.stride(1) == 1 and aligned and all(step % CHANNELS == 0 for step in steps)
 
 
-def _token_major_split(batch, dim, length, channels, busy, threads):
+def _token_major_split(batch, dim, length, channels, walks, busy, threads):
     """Blocks of work, walks a batch row, lanes side by side over channels, tokens a walk.
 
-    The longest walks of which there are `busy`, for the device; `threads` walk in a block.
+    The longest of `walks` tokens of which there are `busy`, for the device; `threads` walk in a block.
     """
     columns = -(-dim // channels)
-    fitting = [walk for walk in WALKS if walk <= max(length, WALKS[-1])]
+    fitting = [walk for walk in walks if walk <= max(length, walks[-1])]
     full = [walk for walk in fitting if columns * batch * (length // walk) >= busy]
     walk = max(full, default=fitting[-1])
     segments = -(-length // walk)

@@ -142,8 +142,8 @@ def launch(
     params: the bytes of the one struct the kernel takes. Raises ValueError if their number is not the struct's size,
     and RuntimeError with the driver's error. Does not synchronise.
     together: the blocks wait for each other, so all must be resident at a time (a cooperative launch).
-    early: the kernel calls wait_for_earlier_kernels (kernels/common.cuh), so that with EARLY_LAUNCHES it may begin
-        while the kernel before it ends.
+    early: the kernel calls wait_for_earlier_kernels (kernels/common.cuh), so that it may begin while the one before it
+        ends; on compute capability 9.0 and later.
     """
     size = len(params)
     if size != function.param_bytes:
@@ -151,11 +151,11 @@ def launch(
     view, address, launch, stream = (_arguments or _make_arguments()).ready
     view[:size] = params
     x, y, z = grid
-    if together:
-        launch = _driver().cuLaunchCooperativeKernel
-        (error,) = launch(function.handle, x, y, z, threads, 1, 1, shared_bytes, stream(function.device), address)
-    elif early and EARLY_LAUNCHES and _starts_early(function.device):
-        config = _early.config(grid, threads, shared_bytes, stream(function.device))
+    early = early and _starts_early(function.device)
+    if together or early:
+        config = _configs.get(together, early)
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.sharedMemBytes, config.hStream = threads, shared_bytes, stream(function.device)
         (error,) = _driver().cuLaunchKernelEx(config, function.handle, address, 0)
     else:
         (error,) = launch(function.handle, x, y, z, threads, 1, 1, shared_bytes, stream(function.device), address, 0)
@@ -174,31 +174,31 @@ def _make_arguments() -> _Arguments:
         return _arguments
 
 
-EARLY_LAUNCHES = False
-
-
-class _Early(threading.local):
-    """One thread's configuration of a launch that may begin early ("programmatic dependent launch")."""
+class _Configs(threading.local):
+    """One thread's configurations of launches with attributes, reused as they take longer to make than to launch."""
 
     def __init__(self):
-        self._config = None
+        self._made = {}
 
-    def config(self, grid: tuple[int, int, int], threads: int, shared_bytes: int, stream: int):
-        config = self._config
+    def get(self, together: bool, early: bool):
+        config = self._made.get((together, early))
         if config is None:
-            driver = _driver()
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            self._config = config = driver.CUlaunchConfig()
-            config.blockDimY = config.blockDimZ = config.numAttrs = 1
-            config.attrs = [attribute]
-        config.gridDimX, config.gridDimY, config.gridDimZ = grid
-        config.blockDimX, config.sharedMemBytes, config.hStream = threads, shared_bytes, stream
+            driver, attributes = _driver(), []
+            for wanted, name, field in (
+                (together, "COOPERATIVE", "cooperative"),
+                (early, "PROGRAMMATIC_STREAM_SERIALIZATION", "programmaticStreamSerializationAllowed"),
+            ):
+                if wanted:
+                    attributes.append(driver.CUlaunchAttribute())
+                    attributes[-1].id = getattr(driver.CUlaunchAttributeID, f"CU_LAUNCH_ATTRIBUTE_{name}")
+                    setattr(attributes[-1].value, field, 1)
+            self._made[together, early] = config = driver.CUlaunchConfig()
+            config.blockDimY = config.blockDimZ = 1
+            config.attrs, config.numAttrs = attributes, len(attributes)
         return config
 
 
-_early = _Early()
+_configs = _Configs()
 
 
 @cache

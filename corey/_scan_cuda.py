@@ -169,7 +169,7 @@ def _launch(plan, addresses, y, last):
     )
     params = pointers + plan.numbers
     for function, grid, threads, shared in plan.launches:
-        _cuda.launch(function, grid, threads, shared, params, early=True)
+        _cuda.launch(function, grid, threads, shared, params)
 
 
 # ---- plans -----------------------------------------------------------------------------------------------------------

@@ -463,7 +463,6 @@ template <bool FIND_S, bool FIND_Y> struct Lane {
 template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const Params& p) {
   extern __shared__ __align__(16) float shared[];
   Memory<FIND_Y>& memory = *(Memory<FIND_Y>*)shared;
-  wait_for_earlier_kernels();
   const Place w = locate(p);
   if (!w.any) return;
   Elementwise<FIND_Y> elementwise(p, w, memory);
@@ -506,7 +505,6 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void scan_outputs(const
 
 // One thread a (batch row, channel, state): s of every tile becomes the state before it.
 extern "C" __global__ void scan_carry(const __grid_constant__ Params p) {
-  wait_for_earlier_kernels();
   const int64 rows = (int64)p.batch * p.channels, i = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= rows * N) return;
   const int64 row = i / N, b = row / p.channels, channel = row % p.channels;

@@ -2,8 +2,8 @@
 
     compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 python tests/sanitize.py [part]
 
-Tools: memcheck, racecheck, initcheck, synccheck. Failed API calls are left out, as NVIDIA's bindings ask older drivers for
-newer functions. part: scan, entropy, hadamard, conv, update, norm or all (default).
+Tools: memcheck, racecheck, initcheck, synccheck. Failed API calls are left out, as NVIDIA's bindings ask older drivers
+for newer functions. part: scan, entropy, hadamard, conv, update, norm or all (default).
 Shapes are tiny: a tool slows kernels down 10 to 100 times.
 Every allocation is a cudaMalloc of its own, so that a step beyond a tensor is a step beyond an allocation.
 """

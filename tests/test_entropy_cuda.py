@@ -1,5 +1,6 @@
 """Histogram entropy on CUDA: the same counts as on CPU for any layout, and everything left on the device."""
 
+import itertools
 import math
 
 import numpy as np
@@ -69,6 +70,42 @@ def test_the_table_fits_a_block_without_asking_for_more_shared_memory(num_bins):
     columns = _entropy_cuda.columns(num_bins)
     assert columns in (1, 2, 4, 8, 16, 32) and (columns == 32) == (num_bins <= 256)
     assert (num_bins + 1) * columns * 4 <= _entropy_cuda.table_bytes(num_bins) <= 33 * 1024
+    assert _entropy_cuda.copies(num_bins) * num_bins <= max(2048, num_bins)
+
+
+RANGES = [FIXED, (-0.25, 4.0), (0.0, 0.3), (-3.0, 3.0), (-1e-3, 1e-3), (5.0, 6.0), (-6e4, 6e4), (1.0, 1.0 + 1e-6)]
+
+
+@pytest.mark.parametrize("bounds", RANGES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_bins", [100, 256])
+def test_bins_from_one_product_are_those_from_the_division(num_bins, dtype, bounds):
+    packed, quick = _entropy_cuda.fixed_bins(*bounds, num_bins, dtype)
+    scale, _, width, inverse, inverse_low, count = np.frombuffer(packed, np.float32)
+    assert 0.5 <= width < 1 and count == num_bins
+    if not quick:
+        assert packed == _entropy_cuda.fixed_bins(*bounds, num_bins, None)[0]
+        assert abs(float(width) * (float(inverse) + float(inverse_low)) - 1) < 2e-14
+        return
+    if dtype == torch.float32:
+        values = np.float32(bounds[0]) + np.linspace(-0.1, 1.1, 100_001, dtype=np.float32) * np.float32(
+            bounds[1] - bounds[0]
+        )
+    else:
+        values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float().numpy()
+        values = values[~np.isnan(values)]
+    with np.errstate(all="ignore"):
+        above = values - np.float32(bounds[0])
+        exact = np.floor(above / np.float32(bounds[1] - bounds[0]) * count).clip(0, count)
+        found = np.floor(((above * scale).clip(0, 1) * inverse).clip(0, 1) * count)
+    assert np.array_equal(found, exact)
+
+
+def test_most_ranges_need_one_product_and_whole_powers_of_two_always_do():
+    assert all(_entropy_cuda.fixed_bins(-4.0, 4.0, 256, dtype)[1] for dtype in DTYPES)
+    assert not _entropy_cuda.fixed_bins(-4.0, 3.0, 256, torch.float32)[1]
+    ranges = [(lo / 7, lo / 7 + width / 3) for lo in range(-20, 5, 4) for width in range(1, 20, 3)]
+    assert sum(_entropy_cuda.fixed_bins(*ends, 256, torch.bfloat16)[1] for ends in ranges) > 0.9 * len(ranges)
 
 
 @pytest.mark.parametrize("by", [1, 2, 3, 7, 100, 4224, 65535, 65536, 10**9])
@@ -105,6 +142,48 @@ def on_device(x: torch.Tensor) -> torch.Tensor:
     """With the same strides and the same place in its storage."""
     storage = torch.tensor([], dtype=x.dtype).set_(x.untyped_storage()).cuda()
     return storage.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+@pytest.fixture(params=["one launch", "two launches"])
+def launches(request, monkeypatch):
+    """The ways to launch the same kernels."""
+    monkeypatch.setattr(_entropy_cuda, "ONE_LAUNCH", request.param == "one launch")
+    _entropy_cuda._plans.clear()
+    yield request.param
+    torch.cuda.synchronize()
+    _entropy_cuda._plans.clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("size", "dtype"), [*itertools.product((3, 50_000, 1_000_001), DTYPES), (20_000_001, torch.bfloat16)], ids=str
+)
+def test_every_way_to_launch_gives_the_bits_of_the_cpu(launches, size, dtype):
+    """Up to more than the registers of a GPU hold; now and then with other kernels between."""
+    x = (normal(size) ** 3).to(dtype)
+    for bounds in (None, FIXED, (-0.3, 0.8)):
+        expected = histogram_entropy(x, range=bounds)
+        found = []
+        for values in (x.cuda(), x.cuda().flip(0), x.cuda() * 1):
+            found += [histogram_entropy(values, range=bounds), histogram_entropy(values[: size // 2 + 1], range=bounds)]
+        assert all(torch.equal(each.cpu(), expected) for each in found[::2])
+        assert torch.equal(found[1].cpu(), histogram_entropy(x[: size // 2 + 1], range=bounds))
+
+
+@pytest.mark.gpu
+def test_blocks_that_wait_for_each_other_all_start_whatever_else_runs(launches):
+    x = [normal(1_000_000, seed=s).cuda() for s in range(8)]
+    expected = [histogram_entropy(v) for v in x]
+    streams = [torch.cuda.Stream() for _ in x]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(30):
+        for stream, v in zip(streams, x):
+            with torch.cuda.stream(stream):
+                found.append(histogram_entropy(v))
+                v.mul_(1)  # a kernel of another kind between two of them
+    torch.cuda.synchronize()
+    assert all(torch.equal(each, e) for each, e in zip(found, expected * 30))
 
 
 @pytest.mark.gpu
