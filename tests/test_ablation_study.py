@@ -178,8 +178,8 @@ def rows_of(latency, engine="calls"):
     """Six rounds in which every call takes the given time, but for a drift that all of a round share."""
     return pd.DataFrame(
         {
-            "name": row_name(*key), "scheduler": key[0], "form": key[1], "step": key[2], "block": "judge", "engine": engine,
-            "round": index, "latency_us": time * 1.1**index,
+            "name": row_name(*key), "scheduler": key[0], "form": key[1], "step": key[2], "block": "judge",
+            "engine": engine, "round": index, "latency_us": time * 1.1**index,
         }
         for key, time in latency.items()
         for index in range(6)
@@ -280,6 +280,9 @@ def test_random_models_have_one_shape(monkeypatch):
     mixer = client.backbone.layers[0].mixer
     assert len(client.backbone.layers) == TINY.n_layer
     assert (mixer.intermediate_size, mixer.time_step_rank) == (TINY.d_inner, TINY.dt_rank)
+    chosen = {REFERENCE: policies()[REFERENCE]}
+    rows = client_study.client_rows(client, [1, 2, 3], chosen, with_stock=False, new_tokens=2, rounds=1, seed=0)
+    assert len(rows) == 2
 
 
 def test_the_published_ratios_are_those_that_are_printed():

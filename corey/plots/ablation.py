@@ -53,7 +53,7 @@ def plot_policy_ratios(ratios: pd.DataFrame, control: str, order: Sequence[str],
     ax.axvline(1, color=GREY, linewidth=0.7)
     ax.set_yticks(range(len(order)), order)
     ax.set_ylim(-0.7, len(order) - 0.3)
-    ax.set_xlabel("latency over static-512")
+    ax.set_xlabel("latency / static-512")
     return ax
 
 
