@@ -30,7 +30,7 @@ from corey.mamba_session import Session
 from corey.schedulers import fit_oracle, static
 
 PRICED = (*ADAPTIVE, "table", "table-always-reads")  # policies whose cost is more than their chunk's
-REPEATS = ("published", "repeat 2", "repeat 3")  # forms of the reference: its time is the median of a round's three
+GROUP = 4  # forms timed in the same rounds, and the reference with them: a machine's speed drifts within seconds
 ENGINES = {"cpu": ("calls",), "cuda": ("calls", "graph")}  # started by the host, or replayed from a CUDA graph
 
 Calls = dict[tuple[str, str, str], Callable[[], Tensor]]  # (scheduler, form, step)
@@ -42,8 +42,9 @@ def measure(
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:  # fmt: skip
     """(latency, bits, chunks) of every policy in one engine, "calls" or "graph".
 
-    latency: rows of `benchmark.paired` with scheduler, form, step, block and engine. Static chunks alone are timed in
-    the block "choose", and the fastest of them is the oracle of the block "judge". bits: whether each form's logits and
+    latency: rows of `benchmark.paired` with scheduler, form, step, block, group and engine. Static chunks alone are
+    timed in the block "choose", and the fastest of them is the oracle of the block "judge". There the rounds are those
+    of a group: a few forms, all those of one policy together, and the reference. bits: whether each form's logits and
     greedy tokens are the reference's. chunks: chunk_size by scheduler and layer. Policies in `split` are taken apart.
     """
     device = model.device
@@ -56,11 +57,13 @@ def measure(
     inputs = scan_inputs(model, ids)
     recorded = {name: record(policy, inputs) for name, policy in policies.items() if policy is not None}
     policies[SHUFFLED] = shuffled(recorded["hist"], seed)
-    forms = {(REFERENCE, form): policies[REFERENCE] for form in REPEATS}
-    calls = _calls(model, ids, forms | all_forms(policies, recorded, split, engine), engine, decode_tokens)
+    calls = _calls(model, ids, all_forms(policies, recorded, split, engine), engine, decode_tokens)
     bits = bit_rows(calls, before_replay)
-    timed = _timed(calls, engine, device, rounds=rounds, warmup=0, seed=seed)  # every call was made for its bits
-    latency = pd.concat([chosen.assign(block="choose"), timed.assign(block="judge")], ignore_index=True)
+    timed = [  # without a warm-up, since every call was made for its bits
+        _timed(each, engine, device, rounds=rounds, warmup=0, seed=seed + group).assign(block="judge", group=group)
+        for group, each in enumerate(_groups(calls))
+    ]
+    latency = pd.concat([chosen.assign(block="choose", group=0), *timed], ignore_index=True)
     chunks = pd.DataFrame(
         {"scheduler": name, "layer": layer, "chunk_size": chunk}
         for name, each in recorded.items()
@@ -107,9 +110,24 @@ def _calls(
     for (name, form), policy in forms.items():
         session = Session(model, graphs=engine == "graph")
         calls[name, form, "prefill"] = partial(session.prefill, ids, chunk_policy=policy)
-        if decode_tokens and form in REPEATS:
+        if decode_tokens and form == "published":
             calls[name, form, "decode"] = partial(session.decode, decode_tokens)
     return calls
+
+
+def _groups(calls: Calls) -> list[Calls]:
+    """The calls by GROUP forms or, where a policy's own are more, as many as these; the reference's in each."""
+    groups: list[Calls] = []
+    schedulers = dict.fromkeys(key[0] for key in calls if key[0] != REFERENCE)
+    room = 0
+    for scheduler in schedulers:
+        forms = {key[1] for key in calls if key[0] == scheduler}
+        if len(forms) > room:
+            groups.append({key: call for key, call in calls.items() if key[0] == REFERENCE})
+            room = GROUP
+        groups[-1] |= {key: call for key, call in calls.items() if key[0] == scheduler}
+        room -= len(forms)
+    return groups
 
 
 def _timed(calls: Calls, engine: str, device: torch.device, *, rounds: int, warmup: int, seed: int) -> pd.DataFrame:
@@ -131,16 +149,17 @@ def row_name(scheduler: str, form: str = "published", step: str = "prefill") -> 
 def judged(rows: pd.DataFrame, engine: str) -> pd.DataFrame:
     """The rows of one engine that policies are judged on: name, scheduler, form, step, round, latency_us.
 
-    The reference's repeats are one row a round, their median. The step "generation" is prefill and decode added up.
+    The step "generation" is prefill and decode added up. A time is taken relative to the reference's of its own group
+    and round, and given in units of the reference's median, so that policies of different groups can be compared.
     """
-    rows = rows[(rows.engine == engine) & (rows.block == "judge")].replace(
-        {"form": dict.fromkeys(REPEATS, "published")}
-    )
-    keys = ["round", "scheduler", "form"]
-    single = rows.groupby([*keys, "step"], sort=False).latency_us.median().reset_index()
-    decoding = single[(single.step == "decode")].set_index(keys).latency_us
-    whole = single[single.step == "prefill"].set_index(keys).latency_us.add(decoding).dropna()
-    found = pd.concat([single, whole.reset_index().assign(step="generation")], ignore_index=True)
+    rows = rows[(rows.engine == engine) & (rows.block == "judge")]
+    place, form = ["group", "round"], ["scheduler", "form"]
+    times = rows.set_index([*place, *form, "step"]).latency_us.unstack("step")
+    times["generation"] = times.sum(axis=1, skipna=False)
+    reference = times.xs((REFERENCE, "published"), level=form)
+    relative = times / reference.reindex(times.index.droplevel(form)).to_numpy() * reference.median()
+    found = relative.stack().dropna().rename("latency_us").reset_index()
+    found = found[(found.scheduler != REFERENCE) | (found.group == 0)].drop(columns="group")
     return found.assign(name=[row_name(*key) for key in zip(found.scheduler, found.form, found.step)])
 
 

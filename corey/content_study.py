@@ -13,7 +13,7 @@ import pandas as pd
 from corey import benchmark
 from corey.mamba import Mamba
 from corey.mamba_session import Session
-from corey.regime_study import halves_median, judged, note_choices, percent, standing
+from corey.regime_study import note_choices, percent, resampled_medians, standing
 from corey.regimes import Regime
 from corey.scan import TILE
 from corey.schedulers import get_scheduler
@@ -76,31 +76,21 @@ def content_gains(latency: pd.DataFrame, kinds: Sequence[str], *, seed: int = 0)
     part "chunk": the content's slowest chunk over its fastest. "beyond the others": how much more of that the first
     kind has than the other kinds on average. "knowing the content", over all: the chunk that is fastest for all
     together over each content's own fastest, which is what a rule that reads content could win at most. Chunks are
-    chosen on one half of the rounds and judged on the other, both ways.
+    chosen on even rounds and judged on odd ones, which are the n that the interval is over.
     """
     generator = np.random.default_rng(seed)
-    wide = np.log(latency.pivot(index="round", columns=["content", "chunk_size"], values="latency_us")).sort_index(
-        axis=1
-    )
-    logs = {name: wide[name].to_numpy() for name in (*kinds, AGAIN)}  # (rounds, chunks) each
-
-    def gain(name: str) -> np.ndarray:
-        def judge(chosen: slice, on: slice) -> np.ndarray:
-            order = standing(logs[name][chosen]).argsort()
-            return logs[name][on, order[-1]] - logs[name][on, order[0]]
-
-        return judged(len(wide), judge)
-
-    def knowing(chosen: slice, on: slice) -> np.ndarray:
-        places = {name: standing(each[chosen]) for name, each in logs.items()}
-        for_all = np.mean(list(places.values()), axis=0).argmin()
-        return np.mean([each[on, for_all] - each[on, places[name].argmin()] for name, each in logs.items()], axis=0)
-
-    gains = {name: gain(name) for name in logs}
+    wide = latency.pivot(index="round", columns=["content", "chunk_size"], values="latency_us").sort_index(axis=1)
+    logs = {name: np.log(wide[name].to_numpy()) for name in (*kinds, AGAIN)}  # (rounds, chunks) each
+    places = {name: standing(each[::2]) for name, each in logs.items()}
+    on = {name: each[1::2] for name, each in logs.items()}
+    gains = {name: each[:, places[name].argmax()] - each[:, places[name].argmin()] for name, each in on.items()}
+    for_all = np.mean(list(places.values()), axis=0).argmin()
     parts = {(name, "chunk"): each for name, each in gains.items()}
     parts[kinds[0], "beyond the others"] = gains[kinds[0]] - np.mean([gains[name] for name in kinds[1:]], axis=0)
-    parts["all", "knowing the content"] = judged(len(wide), knowing)
+    parts["all", "knowing the content"] = np.mean(
+        [each[:, for_all] - each[:, places[name].argmin()] for name, each in on.items()], axis=0
+    )
     return pd.DataFrame(
-        {"content": name, "part": part, **percent(halves_median(each, generator), "gain"), "n": len(wide)}
+        {"content": name, "part": part, **percent(resampled_medians(each, generator), "gain"), "n": len(each)}
         for (name, part), each in parts.items()
     )

@@ -6,8 +6,8 @@ what the choice costs. On a GPU both are taken in two engines: "calls" launches 
 idle device, and "graph" replays a CUDA graph, where a rule that waits for a number cannot be, so that of such a rule
 only the choice is there. On a CPU there are calls.
 
-The oracle knows the regime: the static chunk that is fastest in it. It is chosen on every other round and judged on the
-rest, and the other way round, so that no chunk is the best for having been lucky.
+The oracle knows the regime: the static chunk that is fastest in it. It is chosen in a block of rounds of its own, in
+which static chunks alone are timed, and judged with all the rules in another, so that none is best by luck.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -107,7 +107,8 @@ def measure_regime(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(latency, choices) of one regime, all rules in the same interleaved rounds.
 
-    latency: rows of `benchmark.paired` with regime, batch, seqlen, engine, step, scheduler; one prefill each.
+    latency: rows of `benchmark.paired` with regime, batch, seqlen, block, engine, step, scheduler; one prefill each.
+    The block "choose" times static chunks and "judge" everything, in as many rounds.
     choices: one row a rule: its chunks by layer; timed_as, the rule under whose name these chunks were timed, since
     what is the same for the scan is timed once; reads_values; statistic_nats; and bitwise_equal, whether every timed
     prefill of it gave the operator's logits to the last bit.
@@ -120,8 +121,11 @@ def measure_regime(
     forms = _forms(session, ids, rules, recorded)
     logits: dict[tuple, Tensor] = {}
     functions = {" ".join(key): partial(_keep, logits, key, form) for key, form in forms.items()}
+    statics = {name: each for name, each in functions.items() if name.split(" ")[2].startswith("static-")}
     warmup = 3 if model.device.type == "cuda" else 0  # a graph is captured at its second call; a CPU is warm by now
-    latency = benchmark.paired(functions, rounds=rounds, warmup=warmup, seed=seed, device=model.device)
+    common = {"rounds": rounds, "warmup": warmup, "device": model.device}
+    choose, judge = benchmark.paired(statics, seed=seed, **common), benchmark.paired(functions, seed=seed + 1, **common)
+    latency = pd.concat([choose.assign(block="choose"), judge.assign(block="judge")], ignore_index=True)
     latency[["engine", "step", "scheduler"]] = latency.pop("name").str.split(" ", n=2, expand=True)
     equal = {key: torch.equal(each, logits["calls", "recorded", OPERATOR]) for key, each in logits.items()}
     choices = pd.DataFrame(
@@ -198,10 +202,10 @@ def regret_rows(latency: pd.DataFrame, choices: pd.DataFrame, *, seed: int = 0) 
     and n rounds. Parts: "choice", recorded over the oracle; "deciding", live over recorded; "total", the rule as it
     runs over the oracle. The regime ALL is the geometric mean of the regimes, each of the same weight, and n there the
     fewest rounds of any. The scheduler ONE_STATIC is the static chunk that is best on that mean: what it costs is all
-    that a rule could win.
+    that knowing the regime could win.
 
-    Regret is the median of ratios within rounds; the interval is a bootstrap over the rounds that judge, with the
-    oracle as chosen.
+    Regret is the median of ratios within the rounds that judge; the interval is a bootstrap over them, with the oracle
+    as it was chosen in others.
     """
     generator = np.random.default_rng(seed)
     places = latency.drop_duplicates("regime").set_index("regime")[["batch", "seqlen"]]
@@ -214,7 +218,7 @@ def regret_rows(latency: pd.DataFrame, choices: pd.DataFrame, *, seed: int = 0) 
         for (scheduler, part), draws in _draws(times, generator).items():
             by_regime = draws | {ALL: np.mean(list(draws.values()), axis=0)}
             row = {"engine": engine, "scheduler": scheduler, "part": part}
-            counts = {regime: len(times[regime].statics) for regime in draws}
+            counts = {regime: len(times[regime].recorded[OPERATOR]) for regime in draws}
             counts[ALL] = min(counts.values())
             found += [
                 {"regime": regime} | row | percent(each, "regret") | {"n": counts[regime]}
@@ -227,53 +231,42 @@ def regret_rows(latency: pd.DataFrame, choices: pd.DataFrame, *, seed: int = 0) 
 
 @dataclass(frozen=True)
 class _Times:
-    """Log latencies of one regime and engine, (rounds,) each, by rule."""
+    """Log latencies of one regime and engine: (rounds,) each by rule, of the block that judges, and `standing` of the
+    static chunks in the one that chooses."""
 
     recorded: dict[str, np.ndarray]
     live: dict[str, np.ndarray]  # of rules that were timed as they decide
     total: dict[str, np.ndarray]  # the rule as it runs, of those that can run in this engine
+    standing: pd.Series  # by static rule
 
     @staticmethod
     def of(latency: pd.DataFrame, choices: pd.DataFrame) -> "_Times":
-        logs = np.log(latency.pivot(index="round", columns=["step", "scheduler"], values="latency_us"))
-        recorded = {row.scheduler: logs["recorded", row.timed_as].to_numpy() for row in choices.itertuples()}
+        keys = {"index": "round", "columns": ["step", "scheduler"], "values": "latency_us"}
+        chosen, logs = (
+            np.log(latency[latency.block == block].pivot(**keys).sort_index(axis=1)) for block in ("choose", "judge")
+        )
+        timed_as = dict(zip(choices.scheduler, choices.timed_as))
+        statics = [name for name in timed_as if name.startswith("static-")]
+        recorded = {name: logs["recorded", timed].to_numpy() for name, timed in timed_as.items()}
         live = {name: logs["live", name].to_numpy() for step, name in logs if step == "live"}
         reads_nothing = set(choices[~choices.reads_values.astype(bool)].scheduler)
         total = {name: live.get(name, each) for name, each in recorded.items() if name in live or name in reads_nothing}
-        return _Times(recorded, live, total)
-
-    @property
-    def statics(self) -> np.ndarray:
-        """(rounds, static chunks)."""
-        return np.stack([each for name, each in self.recorded.items() if name.startswith("static-")], axis=1)
+        tried = np.stack([chosen["recorded", timed_as[name]] for name in statics], axis=1)
+        return _Times(recorded, live, total, pd.Series(standing(tried), index=statics))
 
 
 def _draws(times: Mapping[str, _Times], generator: np.random.Generator) -> dict[tuple, dict[str, np.ndarray]]:
     """For each (rule, part) and regime the log regret: the estimate and RESAMPLES draws of it."""
-
-    def best_of_all(rounds: slice) -> int:
-        return int(np.mean([standing(each.statics[rounds]) for each in times.values()], axis=0).argmin())
-
+    one_static = sum(each.standing for each in times.values()).idxmin()
     found: dict[tuple, dict[str, np.ndarray]] = {}
     for regime, each in times.items():
-        statics = each.statics
-        oracle = judged(len(statics), lambda chosen, on, x=statics: x[on, standing(x[chosen]).argmin()])
-        single = judged(len(statics), lambda chosen, on, x=statics: x[on, best_of_all(chosen)])
+        oracle = each.recorded[each.standing.idxmin()]
         parts = {(name, "choice"): log - oracle for name, log in each.recorded.items()}
         parts |= {(name, "deciding"): log - each.recorded[name] for name, log in each.live.items()}
         parts |= {(name, "total"): log - oracle for name, log in each.total.items()}
-        parts |= {(ONE_STATIC, part): single - oracle for part in ("choice", "total")}
+        parts |= {(ONE_STATIC, part): each.recorded[one_static] - oracle for part in ("choice", "total")}
         for key, logs in parts.items():
-            found.setdefault(key, {})[regime] = halves_median(logs, generator)
-    return found
-
-
-def judged(rounds: int, judge: Callable[[slice, slice], np.ndarray]) -> np.ndarray:
-    """(rounds,) of judge(chosen, on): for each half of the rounds, with what was chosen on the other half."""
-    found = np.empty(rounds)
-    even, odd = slice(0, None, 2), slice(1, None, 2)
-    for chosen, on in ((even, odd), (odd, even)):
-        found[on] = judge(chosen, on)
+            found.setdefault(key, {})[regime] = resampled_medians(logs, generator)
     return found
 
 
@@ -282,13 +275,10 @@ def standing(statics: np.ndarray) -> np.ndarray:
     return np.median(statics - statics.mean(axis=1, keepdims=True), axis=0)
 
 
-def halves_median(logs: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """The mean of the medians of even and odd rounds, then RESAMPLES bootstrap draws of it."""
-    drawn = []
-    for half in (logs[::2], logs[1::2]):
-        picks = generator.integers(len(half), size=(RESAMPLES, len(half)))
-        drawn.append(np.concatenate([[np.median(half)], np.median(half[picks], axis=1)]))
-    return (drawn[0] + drawn[1]) / 2
+def resampled_medians(logs: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """The median over rounds, then RESAMPLES bootstrap draws of it."""
+    picks = generator.integers(len(logs), size=(RESAMPLES, len(logs)))
+    return np.concatenate([[np.median(logs)], np.median(logs[picks], axis=1)])
 
 
 def percent(draws: np.ndarray, name: str) -> dict[str, float]:

@@ -18,7 +18,7 @@ from corey.ablation_policies import (
     scan_inputs,
     split_forms,
 )
-from corey.ablation_study import REPEATS, judged, overheads, policy_ratios, row_name
+from corey.ablation_study import judged, overheads, policy_ratios, row_name
 from corey.checkpoints import load_checkpoint
 from corey.mamba import MambaConfig
 from corey.mamba_session import Session
@@ -125,10 +125,11 @@ def check_measured(latency, bits, chunks, engine):
     judge, choose = (latency[latency.block == block] for block in ("judge", "choose"))
     assert set(latency["engine"]) == {engine} and set(choose.scheduler) == {"static-128", "static-256", REFERENCE}
     timed = set(zip(judge.scheduler, judge.form, judge.step))
-    assert {(REFERENCE, form, step) for form in REPEATS for step in ("prefill", "decode")} <= timed
+    assert all(group.name.eq(row_name(REFERENCE)).sum() == 5 for _, group in judge.groupby("group"))
+    assert judge[judge.scheduler == "hist"].group.nunique() == 1  # all forms of a policy share their rounds
     assert {(name, "published", "decode") for name in ("oracle", SHUFFLED, OPERATOR, CONTROL)} <= timed
     assert ("hist", "unread", "decode") not in timed  # the null is for whole policies
-    assert judge.groupby("name").size().eq(5).all()
+    assert judge[judge.scheduler != REFERENCE].groupby("name").size().eq(5).all()
     assert bits.logits_bitwise_equal.all() and bits.tokens_equal.dropna().all()
     assert chunks.set_index(["scheduler", "layer"]).chunk_size["oracle"].nunique() == 1
     assert set(chunks.layer) == set(range(5))
@@ -153,6 +154,17 @@ def test_all_policies_are_timed_on_a_gpu(engine):
     assert "device-hist" in set(latency[latency.form == "published"].scheduler)
 
 
+def test_groups_hold_a_few_forms_and_the_reference_and_keep_a_policy_together():
+    forms = {"hist": ["published", "forced", "unread", "replayed"], "a": ["published"], "b": ["published"]}
+    forms |= {"table": ["published", "forced", "replayed"], REFERENCE: ["published"]}
+    calls = {(name, form, "prefill"): None for name, each in forms.items() for form in each}
+    groups = ablation_study._groups(calls | {("a", "published", "decode"): None})
+    assert [list(dict.fromkeys(key[0] for key in group)) for group in groups] == [
+        [REFERENCE, "hist"], [REFERENCE, "a", "b"], [REFERENCE, "table"],
+    ]  # fmt: skip
+    assert set().union(*groups) == {*calls, ("a", "published", "decode")}
+
+
 def test_a_policy_that_changes_a_bit_is_noticed():
     model, ids = random_mamba(TINY), torch.arange(200)[None] % 40
     sessions = [Session(model), Session(model)]
@@ -174,23 +186,20 @@ def test_the_oracle_is_the_static_chunk_of_the_least_median():
 # ---- ratios ----------------------------------------------------------------------------------------------------------
 
 
-def rows_of(latency, engine="calls"):
-    """Six rounds in which every call takes the given time, but for a drift that all of a round share."""
+def rows_of(latency, engine="calls", group=0, speed=1.0):
+    """Six rounds in which every call takes the given time over `speed`, but for a drift that all of a round share."""
     return pd.DataFrame(
         {
             "name": row_name(*key), "scheduler": key[0], "form": key[1], "step": key[2], "block": "judge",
-            "engine": engine, "round": index, "latency_us": time * 1.1**index,
+            "group": group, "engine": engine, "round": index, "latency_us": time / speed * 1.1**index,
         }
         for key, time in latency.items()
         for index in range(6)
     )  # fmt: skip
 
 
-SPLIT = {
-    (REFERENCE, "published", "prefill"): 100.0,
-    (REFERENCE, "repeat 2", "prefill"): 100.0,
-    (REFERENCE, "repeat 3", "prefill"): 900.0,  # an outlier that the median of a round leaves out
-    (REFERENCE, "published", "decode"): 300.0,
+PLAIN = {(REFERENCE, "published", "prefill"): 100.0, (REFERENCE, "published", "decode"): 300.0}
+SPLIT = PLAIN | {
     ("hist", "published", "prefill"): 100 * 1.2 * 1.1 * 0.9,
     ("hist", "published", "decode"): 300.0,
     ("hist", "unread", "prefill"): 120.0,
@@ -200,12 +209,21 @@ SPLIT = {
 }
 
 
-def test_ratios_are_against_the_median_of_the_reference_and_generations_are_sums():
+def test_ratios_are_against_the_reference_and_generations_are_sums():
     ratios = policy_ratios(judged(rows_of(SPLIT), "calls")).set_index(["scheduler", "step"]).ratio
     assert ratios["hist", "prefill"] == pytest.approx(1.188)
     assert ratios["hist", "decode"] == pytest.approx(1)
     assert ratios["hist", "generation"] == pytest.approx((118.8 + 300) / 400)
     assert ("table", "generation") not in ratios and REFERENCE not in ratios
+
+
+def test_policies_of_different_groups_are_compared_through_the_reference_of_each():
+    slow = rows_of(PLAIN | {("random", "published", "prefill"): 99.0}, group=1, speed=0.5)
+    rows = judged(pd.concat([rows_of(SPLIT), slow]), "calls")
+    assert policy_ratios(rows).set_index(["scheduler", "step"]).ratio["random", "prefill"] == pytest.approx(0.99)
+    assert ablation_study.faster_than(rows, ["table"], "random") == ["table"]
+    assert ablation_study.faster_than(rows, ["random"], "hist") == ["random"]
+    assert rows.groupby("name").size().eq(6).all()
 
 
 def test_a_cost_comes_apart_into_its_factors():
@@ -221,11 +239,11 @@ def test_what_the_factors_do_not_explain_is_shown():
     assert found.set_index(["scheduler", "part"]).ratio["hist", "unexplained"] == pytest.approx(2)
 
 
-def test_only_rows_of_the_mode_and_block_are_judged():
+def test_only_rows_of_the_engine_and_block_are_judged():
     both = pd.concat([rows_of(SPLIT), rows_of({(REFERENCE, "published", "prefill"): 1.0}, "graph")])
     chosen = rows_of({(REFERENCE, "published", "prefill"): 7.0}).assign(block="choose")
     kept = judged(pd.concat([both, chosen]), "calls")
-    assert kept[kept.name == row_name(REFERENCE)].latency_us.min() == pytest.approx(100)
+    assert kept[kept.name == row_name(REFERENCE)].latency_us.tolist() == pytest.approx([50 * (1.1**2 + 1.1**3)] * 6)
 
 
 def test_faster_and_beyond_need_the_whole_interval():

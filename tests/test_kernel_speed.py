@@ -41,13 +41,18 @@ def test_calls_rotate_over_the_sets():
     assert seen == ["a", "b", "c"] * 2
 
 
-def test_a_time_is_that_of_one_call_and_a_ratio_that_of_two_names():
-    calls = {"short": [lambda: time.sleep(0.002)] * 3, "long": [lambda: time.sleep(0.006)]}
+def test_a_time_is_that_of_one_call_and_a_ratio_that_of_two_names(monkeypatch):
+    now = [0]  # ns of a clock that only the calls move
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: now[0])
+
+    def call_of(microseconds):
+        return lambda: now.__setitem__(0, now[0] + 1000 * microseconds)
+
+    calls = {"short": [call_of(2)] * 3, "long": [call_of(6)]}
     times = cold_timing.time_calls(calls, rounds=7, seed=0, device="cpu")
-    median = times.groupby("name").latency_us.median()
-    assert 2000 <= median["short"] < 4000 and 6000 <= median["long"] < 9000
+    assert times[times.name == "short"].latency_us.eq(2).all() and times[times.name == "long"].latency_us.eq(6).all()
     found = cold_timing.ratio(times, "long", "short", "speedup")
-    assert 2 < found["speedup_low"] <= found["speedup"] <= found["speedup_high"] < 4
+    assert found["speedup_low"] == found["speedup"] == found["speedup_high"] == pytest.approx(3)
     assert all(math.isnan(x) for x in cold_timing.ratio(times, "absent", "short", "speedup").values())
 
 

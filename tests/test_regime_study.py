@@ -22,12 +22,11 @@ from corey.regime_study import (
     Recorded,
     build_rules,
     first_layers,
-    halves_median,
-    judged,
     measure_regime,
     measure_regimes,
     published_regrets,
     regret_rows,
+    resampled_medians,
 )
 from corey.regimes import Regime
 
@@ -61,10 +60,13 @@ def test_first_layers_are_a_model_of_their_own():
 def check_regime(latency, choices, engines):
     choices = choices.set_index("scheduler")
     assert choices.bitwise_equal.all() and set(latency.engine) == engines
-    timed = latency[latency.engine == "calls"].groupby("step").scheduler.agg(set)
+    chosen, judged = (latency[latency.block == block] for block in ("choose", "judge"))
+    timed = judged[judged.engine == "calls"].groupby("step").scheduler.agg(set)
     assert timed["live"] == {name for name in choices.index if regime_study.decides(name)}
     assert timed["recorded"] == set(choices.timed_as)
-    assert (latency.groupby(["engine", "step", "scheduler"])["round"].nunique() == 5).all()
+    assert set(chosen.scheduler) == {name for name in timed["recorded"] if name.startswith("static-")}
+    assert set(chosen.step) == {"recorded"} and set(chosen.engine) == engines
+    assert (latency.groupby(["block", "engine", "step", "scheduler"])["round"].nunique() == 5).all()
     return choices
 
 
@@ -150,13 +152,15 @@ REGRETS = {  # of these times: hist chooses 512
 def made(*, spread=0.0, rounds=20, engine="calls"):
     noise = np.random.default_rng(0)
     latency = pd.DataFrame(
-        {"round": i, "latency_us": value * np.exp(noise.normal(0, spread)), "step": step, "scheduler": name}
-        | {"regime": regime, "engine": engine, "batch": 1, "seqlen": 64}
+        {"block": block, "round": i, "step": step, "scheduler": name, "regime": regime, "engine": engine}
+        | {"latency_us": value * np.exp(noise.normal(0, spread)), "batch": 1, "seqlen": 64}
         for regime, forms in TIMES.items()
+        for block in ("choose", "judge")
         for i in range(rounds)
         for (step, name), value in forms.items()
+        if block == "judge" or name.startswith("static-")
     )
-    rules = {"static-128": "static-128", "static-512": "static-512", "hist": "static-512"}
+    rules = {"static-128": "static-128", "static-512": "static-512", OPERATOR: "static-512", "hist": "static-512"}
     choices = pd.DataFrame(
         {"regime": regime, "scheduler": name, "timed_as": timed, "reads_values": name == "hist"}
         for regime in TIMES
@@ -169,7 +173,7 @@ def made(*, spread=0.0, rounds=20, engine="calls"):
 def test_regret_is_taken_apart_into_choice_and_deciding(spread):
     rows = regret_rows(*made(spread=spread)).set_index(["regime", "scheduler", "part"])
     for key, percent in REGRETS.items():
-        assert rows.regret_percent[key] == pytest.approx(percent, abs=60 * spread + 1e-9), key
+        assert rows.regret_percent[key] == pytest.approx(percent, abs=150 * spread + 1e-9), key
     assert (rows.low_percent <= rows.regret_percent).all() and (rows.regret_percent <= rows.high_percent).all()
     assert (rows.n == 20).all() and rows.loc[ALL].seqlen.isna().all() and (rows.loc["long"].seqlen == 64).all()
 
@@ -182,25 +186,17 @@ def test_what_waits_for_the_host_has_no_total_in_a_graph():
 
 
 def test_the_oracle_is_judged_on_rounds_that_did_not_choose_it():
-    lucky = [50 if i % 2 == 0 else 100 for i in range(20)]  # fastest in even rounds alone
-    latency = pd.concat(
-        pd.DataFrame({"round": range(20), "latency_us": values, "step": "recorded", "scheduler": name})
-        for name, values in (("static-128", lucky), ("static-512", [90] * 20))
-    ).assign(regime="one", engine="calls", batch=1, seqlen=64)
-    choices = pd.DataFrame(
-        {"regime": "one", "scheduler": name, "timed_as": name, "reads_values": False}
-        for name in ("static-128", "static-512")
-    )
-    rows = regret_rows(latency, choices).set_index(["regime", "scheduler", "part"])
-    expected = 100 * (np.sqrt(90 / 100) - 1)  # in odd rounds the even ones' choice takes 100
-    assert rows.regret_percent["one", "static-512", "choice"] == pytest.approx(expected)
+    latency, choices = made()
+    lucky = (latency.block == "choose") & (latency.regime == "long") & (latency.scheduler == "static-128")
+    rows = regret_rows(latency.assign(latency_us=latency.latency_us.where(~lucky, 150)), choices)
+    found = rows.set_index(["regime", "scheduler", "part"]).regret_percent
+    assert found["long", "static-128", "choice"] == 0  # as chosen, though it takes 260 where it is judged
+    assert found["long", "static-512", "choice"] == pytest.approx(100 * (200 / 260 - 1))
 
 
-def test_each_half_is_judged_by_what_the_other_chose():
-    values = np.arange(5.0)
-    assert judged(5, lambda chosen, on: values[on] + 10 * values[chosen].max()).tolist() == [30, 41, 32, 43, 34]
-    draws = halves_median(np.array([1.0, 5.0, 2.0, 6.0, 30.0]), np.random.default_rng(0))
-    assert draws[0] == (2 + 5.5) / 2 and len(draws) == regime_study.RESAMPLES + 1
+def test_the_first_of_the_draws_is_the_estimate():
+    draws = resampled_medians(np.array([1.0, 5.0, 2.0, 6.0, 30.0]), np.random.default_rng(0))
+    assert draws[0] == 5 and len(draws) == regime_study.RESAMPLES + 1 and set(draws[1:]) == {1, 2, 5, 6, 30}
 
 
 def test_by_the_published_table_an_oracle_has_little_to_win():
@@ -223,12 +219,19 @@ def drawn(ax):
 
 def test_a_rule_keeps_its_line_and_totals_are_of_rules_that_decide():
     rows = regrets_of_both_engines()
-    rules = ["static-128", "static-512", "hist", "device-hist", ONE_STATIC]
+    rules = ["static-128", "static-512", OPERATOR, "hist", "device-hist", ONE_STATIC]
     ax = plots.plot_regrets(rows[rows.regime == "short"], rules, plt.subplots()[1])
     assert [label.get_text() for label in ax.get_yticklabels()] == rules
     found = drawn(ax)
-    assert len(found["the choice alone"]) == 4 and len(found["with deciding, launched by the host"]) == 1
-    assert plots.regime_title(rows.iloc[0]) == "short, 1 × 64"
+    assert len(found["the choice alone"]) == 5 and len(found["with deciding, launched by the host"]) == 1
+    plt.close("all")
+
+
+def test_every_regime_has_its_axes_and_its_shape_in_the_title():
+    rows = regrets_of_both_engines().astype({"batch": float, "seqlen": float})  # as they come back from a file
+    axes = plt.subplots(1, 2, squeeze=False)[1]
+    plots.plot_each_regime(rows, ["static-128", "static-512", OPERATOR, "hist", ONE_STATIC], axes)
+    assert [ax.get_title(loc="center") for ax in axes[0]] == ["short, 1 × 64", "long, 1 × 64"]
     plt.close("all")
 
 
@@ -236,8 +239,8 @@ def test_the_average_has_a_dot_for_every_regime_and_one_legend_for_all_machines(
     rows = regrets_of_both_engines()
     fig, axes = plt.subplots(1, 2)
     for ax in axes:
-        plots.plot_average(rows, ["static-128", "static-512", "hist", ONE_STATIC], ax)
-    assert len(axes[0].lines[0].get_xdata()) == 2 * 4
+        plots.plot_average(rows, ["static-128", "static-512", OPERATOR, "hist", ONE_STATIC], ax)
+    assert len(axes[0].lines[0].get_xdata()) == 2 * 5
     plots.shared_legend(fig, axes)
     assert len(fig.legends[0].get_texts()) == 3
     plt.close("all")

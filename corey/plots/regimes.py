@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from corey.figures import GREY, MARKERS, NOTE_POINTS, PALETTE
+from corey.figures import GREY, LABEL_POINTS, MARKERS, NOTE_POINTS, PALETTE
 from corey.plots.shapes import short
 
 LINEAR_PERCENT = 5  # regrets are linear up to here and logarithmic beyond
-TICKS = (-10, 0, 10, 100, 1000)
+TICKS = (-10, 0, 10, 30, 100, 1000)
 
 
 def plot_regrets(regrets: pd.DataFrame, rules: Sequence[str], ax: Axes | None = None) -> Axes:
@@ -35,6 +35,15 @@ def plot_regrets(regrets: pd.DataFrame, rules: Sequence[str], ax: Axes | None = 
     return _regret_axis(ax, rules)
 
 
+def plot_each_regime(regrets: pd.DataFrame, rules: Sequence[str], axes: np.ndarray) -> None:
+    """`plot_regrets` of every regime, in the order of the rows, on a table of axes."""
+    regimes = regrets[regrets.regime != "all"].groupby("regime", sort=False)
+    for ax, (_, rows) in zip(axes.flat, regimes):
+        plot_regrets(rows, rules, ax).set_title(_regime_title(rows.iloc[0]), fontsize=LABEL_POINTS)
+    for ax in axes[-1]:
+        ax.set_xlabel("regret (%)")
+
+
 def plot_average(regrets: pd.DataFrame, rules: Sequence[str], ax: Axes | None = None) -> Axes:
     """`plot_regrets` of the average over regimes, with a grey dot for each regime's total regret behind it."""
     ax = plt.gca() if ax is None else ax
@@ -50,11 +59,6 @@ def shared_legend(fig: Figure, axes: Iterable[Axes]) -> None:
     for ax in axes:
         found |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels())}
     fig.legend(found.values(), found.keys(), loc="outside upper center", ncols=len(found), handletextpad=0.1)
-
-
-def regime_title(row: Mapping) -> str:
-    """ "short_chat" of 16 prompts of 32 tokens as "short chat, 16 × 32"."""
-    return f"{row['regime'].replace('_', ' ')}, {int(row['batch'])} × {short(int(row['seqlen']))}"
 
 
 def plot_contents(ratios: pd.DataFrame, first: str, margin: float, ax: Axes | None = None) -> Axes:
@@ -115,6 +119,11 @@ def _series(regrets: pd.DataFrame) -> dict[str, pd.DataFrame]:
             total = by_part[engine, "total"]
             found[label] = total[total.scheduler.isin(deciding)]
     return found
+
+
+def _regime_title(row: Mapping) -> str:
+    """ "short_chat" of 16 prompts of 32 tokens as "short chat, 16 × 32"."""
+    return f"{row['regime'].replace('_', ' ')}, {int(row['batch'])} × {short(int(row['seqlen']))}"
 
 
 def _regret_axis(ax: Axes, rules: Sequence[str]) -> Axes:
