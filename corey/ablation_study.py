@@ -43,8 +43,8 @@ def measure(
     """(latency, bits, chunks) of every policy in one engine, "calls" or "graph".
 
     latency: rows of `benchmark.paired` with scheduler, form, step, block, group and engine. Static chunks alone are
-    timed in the block "choose", and the fastest of them is the oracle of the block "judge". There the rounds are those
-    of a group: a few forms, all those of one policy together, and the reference. bits: whether each form's logits and
+    timed in the block "choose", and the fastest of them is the oracle of the block "judge". There a round is of a
+    group: a few forms, all those of one policy together, and the reference. bits: whether each form's logits and
     greedy tokens are the reference's. chunks: chunk_size by scheduler and layer. Policies in `split` are taken apart.
     """
     device = model.device
@@ -59,8 +59,11 @@ def measure(
     policies[SHUFFLED] = shuffled(recorded["hist"], seed)
     calls = _calls(model, ids, all_forms(policies, recorded, split, engine), engine, decode_tokens)
     bits = bit_rows(calls, before_replay)
-    timed = [  # without a warm-up, since every call was made for its bits
-        _timed(each, engine, device, rounds=rounds, warmup=0, seed=seed + group).assign(block="judge", group=group)
+    timed = [  # a round of every group in turn, so that a bad minute falls on all; without a warm-up, as all have run
+        _timed(each, engine, device, rounds=1, warmup=0, seed=seed + index).assign(
+            block="judge", group=group, round=index
+        )
+        for index in range(rounds)
         for group, each in enumerate(_groups(calls))
     ]
     latency = pd.concat([chosen.assign(block="choose", group=0), *timed], ignore_index=True)
