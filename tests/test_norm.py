@@ -196,15 +196,6 @@ _RUN = """
 #include "cuda_on_cpu.h"
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline float shuffle(unsigned, float value, int offset) {  // all threads of a block are at the same one
-  static float held[1024];
-  held[threadIdx.x] = value;
-  __syncthreads();
-  const float other = held[threadIdx.x ^ offset];
-  __syncthreads();
-  return other;
-}
-#define __shfl_xor_sync shuffle
 #include "kernel.cu"
 extern "C" void run(const void* params, unsigned grid, unsigned threads) {
   Params p;
