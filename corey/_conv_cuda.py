@@ -13,6 +13,7 @@ SOURCE = "causal_conv1d.cu"
 MAX_BINS = _entropy_cuda.MAX_BINS
 CHANNELS = 4  # a thread of the token-major kernel moves at once
 _WALKS, _COUNTING_WALKS = (24, 16, 8), (32, 16, 8)  # tokens a thread of it walks: the most that keeps the device busy
+SAMPLING_COLUMNS = 8  # of the histogram of sampled tokens, which few threads meet in
 VECTORS = 4  # a thread of the channel-major kernel computes, as in the kernel
 
 _THREADS, _UPDATE_THREADS = 256, 128  # as in the kernel
@@ -20,12 +21,12 @@ _WALKERS, _COUNTING_WALKERS = 256, 512  # threads of the token-major kernel, as 
 _BUSY = 480  # threads of it that keep a multiprocessor busy
 
 _POINTERS = struct.Struct("=6Q")
-_NUMBERS = struct.Struct("=10qIiii")
+_NUMBERS = struct.Struct("=10qIiiii4x")
 _UPDATE_POINTERS = struct.Struct("=5Q")
 _UPDATE_NUMBERS = struct.Struct("=8q")
 
 
-def macros(dtype, weight_dtype, width, silu, channels=1, num_bins=0, quick=False):
+def macros(dtype, weight_dtype, width, silu, channels=1, num_bins=0, quick=False, sampled=False):
     """What kernels/causal_conv1d.cu is compiled with. num_bins: 0 where nothing is counted."""
     counts = 0 if num_bins == 0 else 2 if num_bins & (num_bins - 1) == 0 else 1
     return (
@@ -35,16 +36,21 @@ def macros(dtype, weight_dtype, width, silu, channels=1, num_bins=0, quick=False
         ("SILU", int(silu)),
         ("VECTOR", channels),
         ("HISTOGRAM", counts),
-        ("COLUMNS", _entropy_cuda.columns(num_bins) if num_bins else 0),
+        ("SAMPLED", int(sampled)),
+        ("COLUMNS", _columns(num_bins, sampled) if num_bins else 0),
         ("QUICK", int(quick)),
     )
 
 
+def _columns(num_bins, sampled):
+    return min(_entropy_cuda.columns(num_bins), SAMPLING_COLUMNS if sampled else 32)
+
+
 TUNED = [
-    (SOURCE, name, macros(dtype, dtype, 4, True, channels, num_bins, quick))
-    for dtype, num_bins, quick in (
-        *((dtype, 0, False) for dtype in CPP_TYPES),
-        *((dtype, 256, quick) for dtype in CPP_TYPES for quick in (False, True)),
+    (SOURCE, name, macros(dtype, dtype, 4, True, channels, num_bins, quick, sampled))
+    for dtype, num_bins, quick, sampled in (
+        *((dtype, 0, False, False) for dtype in CPP_TYPES),
+        *((dtype, 256, quick, sampled) for dtype in CPP_TYPES for quick in (False, True) for sampled in (False, True)),
     )
     for name, channels in (("causal_conv1d_token_major", CHANNELS), ("causal_conv1d_channel_major", 1))
 ] + [(SOURCE, "causal_conv1d_update", macros(torch.bfloat16, torch.bfloat16, 4, True))]
@@ -66,7 +72,7 @@ _plans, _update_plans = Plans(), Plans()
 
 
 def convolve(x, weight, bias, silu, initial_state, check, outputs, counting=None):
-    """y and the last state; with `counting`, which is (num_bins, lo, hi, least, least_chunk), also entropy and chunk.
+    """y and the last state; with `counting`, (num_bins, lo, hi, stride, least, least_chunk), also entropy and chunk.
 
     check(x, weight, bias, initial_state) raises for bad arguments; outputs(x, weight) makes y and the last state.
     """
@@ -90,9 +96,10 @@ def convolve(x, weight, bias, silu, initial_state, check, outputs, counting=None
     if counting is not None:
         entropy = x.new_empty((), dtype=torch.float32)
         chunk = x.new_empty((), dtype=torch.int32)
-        num_bins, lo, hi, least, least_chunk = counting
+        num_bins, lo, hi, stride, least, least_chunk = counting
         pointers, _, _held = _entropy_cuda.sink_pointers(x.device.index, 1, num_bins, entropy, chunk)
-        numbers = _entropy_cuda.sink_numbers(x.numel(), 1.0, least, least_chunk)
+        counted = x[..., ::stride].numel()
+        numbers = _entropy_cuda.sink_numbers(counted, 1.0, least, least_chunk)
         bins, _ = _entropy_cuda.fixed_bins(lo, hi, num_bins, x.dtype)
         params += pointers + numbers + bins
         results += (entropy, chunk)
@@ -222,14 +229,14 @@ def _plan(x, weight, silu, initial_state, counting):
         return Plan(None, (0, 1, 1), 0, 0, b"", _cuda.source_version())
     device = x.device.index
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    num_bins, quick = 0, False
+    num_bins, quick, stride = 0, False, 1
     if counting:
-        num_bins, lo, hi, *_ = counting
+        num_bins, lo, hi, stride, *_ = counting
         _, quick = _entropy_cuda.fixed_bins(lo, hi, num_bins, x.dtype)
     if token_major(x):
         name = "causal_conv1d_token_major"
         channels = CHANNELS if _channels_are_vectors(x) else 1
-        walks, threads = (_COUNTING_WALKS, _COUNTING_WALKERS) if counting else (_WALKS, _WALKERS)
+        walks, threads = (_COUNTING_WALKS, _COUNTING_WALKERS) if counting and stride == 1 else (_WALKS, _WALKERS)
         blocks, segments, lanes, walk = _token_major_split(
             batch, dim, length, channels, walks, processors * _BUSY, threads
         )
@@ -241,9 +248,9 @@ def _plan(x, weight, silu, initial_state, counting):
         walk = 0
     if blocks >= 2**31:
         raise ValueError(f"x: got shape {tuple(x.shape)}, which is more than 2^31 blocks of work for one launch")
-    variant = macros(x.dtype, weight.dtype, weight.shape[1], silu, channels, num_bins, quick)
+    variant = macros(x.dtype, weight.dtype, weight.shape[1], silu, channels, num_bins, quick, stride > 1)
     function = _cuda.function(SOURCE, name, device, variant)
-    shared = _entropy_cuda.table_bytes(num_bins) if counting else 0
+    shared = _entropy_cuda.table_bytes(num_bins, _columns(num_bins, stride > 1)) if counting else 0
     grid = min(blocks, processors * max(function.blocks_per_sm(threads, shared), 1)) if counting else blocks
     numbers = _NUMBERS.pack(
         batch,
@@ -256,6 +263,7 @@ def _plan(x, weight, silu, initial_state, counting):
         lanes.bit_length() - 1,
         walk,
         num_bins,
+        stride,
     )
     return Plan(function, (grid, 1, 1), threads, shared, numbers, _cuda.source_version())
 

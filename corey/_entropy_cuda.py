@@ -41,9 +41,9 @@ def columns(num_bins: int) -> int:
     return min(32, 1 << (MAX_BINS // num_bins).bit_length() - 1)
 
 
-def table_bytes(num_bins: int) -> int:
+def table_bytes(num_bins: int, replicas: int) -> int:
     """Dynamic shared memory for a block's table."""
-    return ((num_bins + 1) * columns(num_bins) + 3) // 4 * 16
+    return ((num_bins + 1) * replicas + 3) // 4 * 16
 
 
 def copies(num_bins: int) -> int:
@@ -293,7 +293,7 @@ def _plan(x: Tensor, view: _View, num_bins, bounds, log_base, rule) -> Plan:
         functions=tuple(_function(device, *each) for each in variants),
         grid=grid,
         threads=threads,
-        shared_bytes=table_bytes(num_bins),
+        shared_bytes=table_bytes(num_bins, columns(num_bins)),
         kept_shape=() if rule else view.kept_shape,
         pools=pools,
         extremes=0 if small or bounds else grid[0] * pools,

@@ -20,10 +20,13 @@ REFERENCE_CHUNK = 512  # the best static chunk of the published ablation, to whi
 REFERENCE, CONTROL = f"static-{REFERENCE_CHUNK}", f"static-{REFERENCE_CHUNK} again"
 OPERATOR = "operator's rule"  # no policy: the scan decides
 EVERY_FOURTH = "hist-every-4th"  # the histogram in layers 0, 4, 8, ..., the reference's chunk in the others
+ON_THE_WAY = "device-hist-on-the-way"  # of every 8th token, counted by the convolution over a fixed range
+FOURTH_ON_THE_WAY = "device-hist-every-4th"  # the same in layers 0, 4, 8, ..., the reference's chunk in the others
+FIXED_RANGE = (-4.0, 4.0)
 SHUFFLED = "hist-shuffled"  # the chunks of hist, dealt out to the layers at random; nothing is computed
 ADAPTIVE = (
     "hist", "device-hist", "sampled-hist", "token-hist", "cheap-proxy", "variance-proxy", "kurtosis-proxy",
-    "guarded-hist", "guarded-sampled-hist", EVERY_FOURTH,
+    "guarded-hist", "guarded-sampled-hist", EVERY_FOURTH, ON_THE_WAY, FOURTH_ON_THE_WAY,
 )  # fmt: skip
 TABLE = {"default_chunk": REFERENCE_CHUNK, "rules": [{"chunk": 128, "max_seq_len": 255}]}  # short prompts to 128
 
@@ -47,9 +50,13 @@ def build_policies(
         ),
         **dict.fromkeys(("sampled-hist", "token-hist", "guarded-sampled-hist"), rule | {"stride": stride}),
         "table-always-reads": {"rules": TABLE, "stride": stride},
-        **({"device-hist": rule} if device_type == "cuda" else {}),
     }
     built = {name: get_scheduler(name, **given) for name, given in parameters.items()}
+    if device_type == "cuda":
+        light = rule | {"range": FIXED_RANGE, "stride": stride}
+        fourth = light | {"every": 4, "otherwise": REFERENCE_CHUNK}
+        for name, given in {"device-hist": rule, ON_THE_WAY: light, FOURTH_ON_THE_WAY: fourth}.items():
+            built[name] = replace(get_scheduler("device-hist", **given), name=name)
     statics = {f"static-{size}": static(size) for size in sorted({*chunk_sizes, REFERENCE_CHUNK})}
     own = {CONTROL: static(REFERENCE_CHUNK), OPERATOR: None, EVERY_FOURTH: _every_fourth(built["hist"])}
     return statics | own | built
@@ -96,6 +103,8 @@ def split_forms(policy: Scheduler, chunks: Sequence[int]) -> dict[str, ChunkPoli
         return REFERENCE_CHUNK
 
     forms = {"forced": forced, "replayed": replay(chunks)}
+    if policy.on_the_way is not None:  # the convolution counts and decides at once
+        return {"replayed": replay(chunks)}
     return forms if policy.statistic is None else forms | {"unread": unread}
 
 
@@ -112,7 +121,9 @@ def all_forms(
     by_host = {
         (name, form)
         for name, form in forms
-        if form in ("published", "forced") and getattr(policies[name], "statistic", None) and name != "device-hist"
+        if form in ("published", "forced")
+        and getattr(policies[name], "statistic", None)
+        and not name.startswith("device-hist")
     }
     return {key: policy for key, policy in forms.items() if engine == "calls" or key not in by_host}
 

@@ -27,11 +27,13 @@ class OutputHistogram:
     """Asks `causal_conv1d` for the histogram entropy of its output on the way.
 
     range: the fixed ends (lo, hi) of the bins. num_bins: at least 2. rule: picks a chunk from the entropy, or None.
+    stride: counts every `stride`-th token from the first on, y[..., ::stride].
     """
 
     range: tuple[float, float]
     num_bins: int = 256
     rule: ChunkRule | None = None
+    stride: int = 1
     least: tuple[float, ...] = field(
         init=False, repr=False, compare=False
     )  # entropies at which the rule's chunk doubles
@@ -48,6 +50,10 @@ class OutputHistogram:
             raise bad_value("range", self.range, "a pair (lo, hi) of finite numbers with lo < hi")
         if self.rule is not None and not isinstance(self.rule, ChunkRule):
             raise bad_type("rule", self.rule, "a corey.schedulers.ChunkRule or None")
+        if not isinstance(self.stride, int) or isinstance(self.stride, bool):
+            raise bad_type("stride", self.stride, "an int")
+        if not 1 <= self.stride < 2**31:
+            raise bad_value("stride", self.stride, "from 1 to 2^31 - 1 tokens")
         object.__setattr__(self, "least", () if self.rule is None else _least_entropies(self.rule))
 
 
@@ -157,10 +163,11 @@ _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state"
 
 torch.library.define("corey::causal_conv1d", f"({_INPUTS}) -> (Tensor, Tensor)", tags=_TAGS)
-# Returns y, the last state, the entropy in nats and the chunk; `least` and `least_chunk` as in corey.entropy_chunk.
+# Returns y, the last state, the entropy in nats of y[..., ::stride] and the chunk; `least` and `least_chunk` as in
+# corey.entropy_chunk.
 torch.library.define(
     "corey::causal_conv1d_entropy",
-    f"({_INPUTS}, int num_bins, float lo, float hi, float[] least, int least_chunk) "
+    f"({_INPUTS}, int num_bins, float lo, float hi, int stride, float[] least, int least_chunk) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
@@ -203,22 +210,22 @@ def _conv_fake(x, weight, bias, silu, initial_state):
 
 
 @torch.library.impl("corey::causal_conv1d_entropy", "CPU")
-def _conv_entropy_cpu(x, weight, bias, silu, initial_state, num_bins, lo, hi, least, least_chunk):
+def _conv_entropy_cpu(x, weight, bias, silu, initial_state, num_bins, lo, hi, stride, least, least_chunk):
     y, last_state = _on_cpu(x, weight, bias, silu, initial_state)
-    return y, last_state, *_statistic(y, num_bins, lo, hi, least, least_chunk)
+    return y, last_state, *_statistic(y[..., ::stride], num_bins, lo, hi, least, least_chunk)
 
 
 @torch.library.impl("corey::causal_conv1d_entropy", "CUDA")
-def _conv_entropy_cuda(x, weight, bias, silu, initial_state, num_bins, lo, hi, least, least_chunk):
+def _conv_entropy_cuda(x, weight, bias, silu, initial_state, num_bins, lo, hi, stride, least, least_chunk):
     if x.numel() == 0 or num_bins > _conv_cuda.MAX_BINS:
         y, last_state = _conv_cuda.convolve(x, weight, bias, silu, initial_state, _check, _outputs)
-        return y, last_state, *_statistic(y, num_bins, lo, hi, least, least_chunk)
-    counting = (num_bins, lo, hi, tuple(least), least_chunk)
+        return y, last_state, *_statistic(y[..., ::stride], num_bins, lo, hi, least, least_chunk)
+    counting = (num_bins, lo, hi, stride, tuple(least), least_chunk)
     return _conv_cuda.convolve(x, weight, bias, silu, initial_state, _check, _outputs, counting)
 
 
 @torch.library.register_fake("corey::causal_conv1d_entropy")
-def _conv_entropy_fake(x, weight, bias, silu, initial_state, num_bins, lo, hi, least, least_chunk):
+def _conv_entropy_fake(x, weight, bias, silu, initial_state, num_bins, lo, hi, stride, least, least_chunk):
     _check(x, weight, bias, initial_state)
     return *_outputs(x, weight), x.new_empty((), dtype=torch.float32), x.new_empty((), dtype=torch.int32)
 
@@ -313,6 +320,6 @@ def _with_statistic(x, weight, bias, silu, initial_state, histogram):
     rule = histogram.rule
     least_chunk = 1 if rule is None else rule.c_min
     y, last_state, entropy, chunk = torch.ops.corey.causal_conv1d_entropy(
-        x, weight, bias, silu, initial_state, histogram.num_bins, lo, hi, histogram.least, least_chunk
+        x, weight, bias, silu, initial_state, histogram.num_bins, lo, hi, histogram.stride, histogram.least, least_chunk
     )
     return y, last_state, OutputStatistic(entropy, None if rule is None else chunk)

@@ -126,7 +126,7 @@ class Mamba:
             convolution give the bits of one call; a matrix product may round a row otherwise among fewer rows.
         chunk_policy: called `chunk_policy(u, layer=int)` with what each scan receives, u (B, D, L), as the schedulers
             of `corey.schedulers` are; returns the scan's chunk_size. Never changes the result. On CUDA one with
-            `on_the_way` is not called: the convolution takes its statistic and its decision.
+            `on_the_way` is not called in the layers it is for: the convolution takes its statistic and its decision.
 
         Raises TypeError or ValueError naming the argument.
         """
@@ -198,6 +198,7 @@ def _mix(
     rank, states = layer.dt_proj.shape[1], layer.A.shape[1]
     x, z = F.linear(x, layer.in_proj).chunk(2, dim=-1)  # (B, L, D) each, views
     counted = getattr(chunk_policy, "on_the_way", None) if x.is_cuda else None  # decides without another pass over u
+    counted = counted if index % getattr(chunk_policy, "every", 1) == 0 else None
     u, conv, *statistic = causal_conv1d(
         x.transpose(1, 2),
         layer.conv_weight,

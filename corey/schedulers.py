@@ -137,6 +137,7 @@ class Scheduler:
 
     on_the_way: a `corey.conv.OutputHistogram` that makes the same choice on CUDA while the convolution writes u, for
     callers that run that convolution themselves, as `corey.mamba` does; None where there is none.
+    every: it is made in the layers 0, every, 2 every, ..., and the others are to be asked as without it.
     """
 
     name: str
@@ -145,6 +146,7 @@ class Scheduler:
     choose: Callable[[Tensor, int | None], int | Tensor]
     statistic: Callable[[Tensor], Tensor] | None = None
     on_the_way: object = None
+    every: int = 1
 
     def __call__(self, u: Tensor, layer: int | None = None) -> int | Tensor:
         """Chunk in tokens for one layer's scan input `u` (B, D, L); a tensor only where the module's docstring says."""
@@ -230,25 +232,44 @@ def hist(*, num_bins: int = 256, **rule) -> Scheduler:
     )
 
 
-def device_hist(*, num_bins: int = 256, range: tuple[float, float] | None = None, **rule) -> Scheduler:
+def device_hist(
+    *,
+    num_bins: int = 256,
+    range: tuple[float, float] | None = None,
+    stride: int = 1,
+    every: int = 1,
+    otherwise: int = 512,
+    **rule,
+) -> Scheduler:
     """`hist` that never leaves the device: statistic and map run on CUDA and the chunk stays there, a 0-dim tensor.
 
     range: None for u's own range, two passes; a fixed pair (lo, hi) is one pass, or none at all after a convolution
-    that counts on the way. On CPU it is `hist`, an int.
+    that counts on the way. stride: tokens between those that are counted. every: decides in the layers 0, every,
+    2 every, ...; the others take the chunk `otherwise`. On CPU it is `hist` of these, an int.
     """
+    _check_count("stride", stride, 1)
+    _check_count("every", every, 1)
+    _check_chunk("otherwise", otherwise)
     from corey.conv import OutputHistogram  # which itself imports this module
 
     chunk_rule = _rule(num_bins, **rule)
-    passes = "two passes over u" if range is None else "one pass over u"
+    share = "u" if stride == 1 else f"1/{stride} of u"
+    passes = f"two passes over {share}" if range is None else f"one pass over {share}"
+    reads = "all of u" if stride == 1 else f"every {stride}-th token of u"
+    reads += "" if every == 1 else f" in every {every}-th layer"
 
     def statistic(u: Tensor) -> Tensor:
-        return histogram_entropy(u, num_bins, range)
+        return histogram_entropy(u[..., ::stride], num_bins, range)
 
     def choose(u: Tensor, layer: int | None) -> int | Tensor:
-        return device_chunk(u, chunk_rule, num_bins, range) if u.is_cuda else chunk_rule(float(statistic(u)))
+        if layer is not None and layer % every:
+            return otherwise
+        if u.is_cuda:
+            return device_chunk(u[..., ::stride], chunk_rule, num_bins, range)
+        return chunk_rule(float(statistic(u)))
 
-    on_the_way = None if range is None else OutputHistogram(range, num_bins, chunk_rule)
-    return Scheduler("device-hist", "all of u", f"{passes} and no host read", choose, statistic, on_the_way)
+    on_the_way = None if range is None else OutputHistogram(range, num_bins, chunk_rule, stride)
+    return Scheduler("device-hist", reads, f"{passes} and no host read", choose, statistic, on_the_way, every)
 
 
 def sampled_hist(*, stride: int = 8, num_bins: int = 256, **rule) -> Scheduler:

@@ -9,8 +9,8 @@
 //
 // Macros: T_X (type of x, y and the states), T_W (of weight and bias), WIDTH (2 to 4), SILU (0 or 1), VECTOR (channels that
 // a thread of the token-major kernel owns and moves with one instruction), HISTOGRAM (0, or 1 to count the outputs as
-// histogram.cuh does, 2 if the number of bins is a power of two), COLUMNS (of its shared histogram), QUICK (1 if ONE_PRODUCT
-// does for its bins).
+// histogram.cuh does, 2 if the number of bins is a power of two), SAMPLED (1 to count every `stride`-th token alone), COLUMNS
+// (of its shared histogram), QUICK (1 if ONE_PRODUCT does for its bins).
 #include "common.cuh"
 #if HISTOGRAM
 #include "histogram.cuh"
@@ -18,9 +18,10 @@
 
 constexpr int PAST = WIDTH - 1;  // tokens of state
 constexpr int THREADS = 256, UPDATE_THREADS = 128;
-constexpr int WALKERS = HISTOGRAM ? 512 : 256;  // threads of the token-major kernel: few blocks where each has a histogram
+constexpr bool COUNTS_ALL = HISTOGRAM && !SAMPLED;
+constexpr int WALKERS = COUNTS_ALL ? 512 : 256;  // threads of the token-major kernel: few blocks where each has a large table
 constexpr int STEP = VECTOR * sizeof(T_X) > 8 ? 4 : 8;  // tokens that a thread of the token-major kernel has in flight
-constexpr int MIN_BLOCKS = HISTOGRAM ? 1 : VECTOR == 8 ? 2 : 3;  // a multiprocessor, of the token-major kernel
+constexpr int MIN_BLOCKS = COUNTS_ALL ? 1 : VECTOR == 8 || (SAMPLED && sizeof(T_X) == 4) ? 2 : 3;  // a multiprocessor, of the token-major kernel
 
 struct Strides {  // in elements
     int64 batch, dim, token;
@@ -40,6 +41,7 @@ struct Params {
     int lanes_log2;  // threads side by side, over channels (token-major) or over the tokens of a row (channel-major)
     int walk;        // tokens of a segment (token-major): a multiple of STEP, and at most `length` unless that is under 8
     int num_bins;    // 0 where nothing is counted
+    int stride;      // between the tokens that are counted
 #if HISTOGRAM
     Sink sink;
     Bins bins;
@@ -200,9 +202,9 @@ __device__ __forceinline__ void advance(T*& p, int64 elements) {
 }
 
 // The outputs of VECTOR channels from `channel` on, for `tokens` tokens from `begin` on, of batch row b. The first
-// `counted_before` of them are another thread's too, which counts them.
+// `uncounted` of them are not counted, as another thread has them too or as they are not among the sampled.
 __device__ __forceinline__ void walk(
-    const Params& p, int64 b, int64 channel, int64 begin, int tokens, int counted_before, Statistic& statistic) {
+    const Params& p, int64 b, int64 channel, int64 begin, int tokens, int uncounted, Statistic& statistic) {
     float w[VECTOR * WIDTH], bias[VECTOR] = {};
     load_parameters<VECTOR * WIDTH>(w, p.weight + channel * WIDTH);
     if (p.bias) load_parameters<VECTOR>(bias, p.bias + channel);
@@ -234,7 +236,12 @@ __device__ __forceinline__ void walk(
         rounded.pack(out);
         rounded.store(y);
         advance(y, p.dim);
-        statistic.take(rounded, --counted_before < 0);
+        if (!SAMPLED) {
+            statistic.take(rounded, --uncounted < 0);
+        } else if (--uncounted < 0) {
+            statistic.take(rounded, 1);
+            uncounted = p.stride - 1;
+        }
 #pragma unroll
         for (int i = 0; i < PAST * VECTOR; ++i) in[i] = in[i + VECTOR];
     };
@@ -286,7 +293,8 @@ causal_conv1d_token_major(const __grid_constant__ Params p) {
 #pragma unroll 1
             for (int i = 0; i < VECTOR; ++i) store_last(p, Row(p, b, channel + i), b * p.dim + channel + i);
         }
-        walk(p, b, channel, begin, tokens, int(wanted - begin), statistic);
+        int64 counted = SAMPLED ? (wanted + p.stride - 1) / p.stride * p.stride : wanted;
+        walk(p, b, channel, begin, tokens, int(counted - begin), statistic);
         if (!HISTOGRAM) break;
     }
     statistic.finish(p);
@@ -303,17 +311,18 @@ __device__ __forceinline__ void store(const Params& p, T_X* y, int64 t, float* o
     Piece<T_X, FULL> rounded;
     rounded.pack(out);
     if (HISTOGRAM) rounded.unpack(out);
-    if (t >= 0 && t + FULL <= p.length) {
-        rounded.store(y + t);
-        statistic.take(rounded, 1);
-    } else {
+    bool whole = t >= 0 && t + FULL <= p.length;
+    if (whole) rounded.store(y + t);
+    if (whole && !SAMPLED) statistic.take(rounded, 1);
+    if (whole && !SAMPLED) return;
+    int64 counted = SAMPLED ? (max(t, int64(0)) + p.stride - 1) / p.stride * p.stride : max(t, int64(0));
 #pragma unroll
-        for (int e = 0; e < FULL; ++e) {
-            if (t + e >= 0 && t + e < p.length) {
-                y[t + e] = from_float<T_X>(out[e]);
-                statistic.take(out[e]);
-            }
-        }
+    for (int e = 0; e < FULL; ++e) {
+        if (t + e < 0 || t + e >= p.length) continue;
+        if (!whole) y[t + e] = from_float<T_X>(out[e]);
+        if (t + e != counted) continue;
+        statistic.take(out[e]);
+        counted += SAMPLED ? p.stride : 1;
     }
 }
 

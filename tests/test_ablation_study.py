@@ -28,7 +28,8 @@ from corey.schedulers import Scheduler
 
 TINY = MambaConfig(d_model=16, n_layer=5, vocab_size=40, d_inner=32, dt_rank=2)
 GPU_TINY = MambaConfig(d_model=64, n_layer=5, vocab_size=40, d_inner=128, dt_rank=4)
-HOST_READERS = {*ADAPTIVE, "table-always-reads"} - {"device-hist"}
+ON_DEVICE = {"device-hist", "device-hist-on-the-way", "device-hist-every-4th"}
+HOST_READERS = {*ADAPTIVE, "table-always-reads"} - ON_DEVICE
 
 
 def policies(device_type="cpu"):
@@ -43,8 +44,8 @@ def test_the_matrix_holds_the_published_policies_in_the_published_range():
     assert {"static-128", "static-256", REFERENCE, CONTROL, OPERATOR, "no-entropy", "random", "table", "shape"} <= set(
         here
     )
-    assert set(ADAPTIVE) - set(here) == {"device-hist"}
-    assert set(policies("cuda")) - set(here) == {"device-hist"}
+    assert set(ADAPTIVE) - set(here) == ON_DEVICE
+    assert set(policies("cuda")) - set(here) == ON_DEVICE
     u = torch.zeros(1, 8, 300)
     assert here["hist"](u) == 128 and here["no-entropy"](u) == 1024  # the ends and the middle of 128 to 2048
     assert [here["table"](u[..., :length]) for length in (255, 256)] == [128, 512]
@@ -98,6 +99,10 @@ def test_every_fourth_layer_decides_and_takes_its_statistic_there_alone():
 
 def test_a_policy_without_a_statistic_has_none_to_leave_unread():
     assert set(split_forms(policies()["table"], [512])) == {"forced", "replayed"}
+
+
+def test_what_the_convolution_decides_has_no_part_that_could_be_left_out():
+    assert set(split_forms(policies("cuda")["device-hist-on-the-way"], [512])) == {"replayed"}
 
 
 def test_a_graph_holds_no_form_that_the_host_waits_for():

@@ -190,6 +190,19 @@ def test_fused_entropy_is_that_of_the_output(layout, num_bins, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stride", (2, 5, 8, 37, 400, 2**31 - 1))
+def test_fused_entropy_of_every_strideth_token(stride, layout, device):
+    for dtype, length, num_bins in itertools.product(DTYPES, (1, 7, 333, 1000), (7, 256)):
+        inputs = make(3, 40, length, dtype=dtype, layout=layout, device=device)
+        y, last_state, statistic = run(inputs, histogram=OutputHistogram((-0.25, 4.0), num_bins, RULE, stride))
+        plain, plain_state = run(inputs)
+        assert torch.equal(y, plain) and torch.equal(last_state, plain_state)
+        assert torch.equal(statistic.entropy_nats, histogram_entropy(y[..., ::stride], num_bins, (-0.25, 4.0)))
+        assert statistic.chunk_size.item() == RULE(statistic.entropy_nats.item())
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_entropy_without_a_rule_and_of_nothing(device):
     inputs = make(device=device)
     _, statistic = causal_conv1d(**inputs, histogram=OutputHistogram((-1.0, 1.0)))
@@ -225,7 +238,7 @@ def samples(device):
 def test_opcheck(device):
     for sample in samples(device):
         torch.library.opcheck(torch.ops.corey.causal_conv1d, sample)
-        counting = (256, -1.0, 1.0, (2.0, 4.0), 128)
+        counting = (256, -1.0, 1.0, 8, (2.0, 4.0), 128)
         torch.library.opcheck(torch.ops.corey.causal_conv1d_entropy, (*sample, *counting))
         x, weight, bias, silu, _ = sample
         token = (x[..., 0], x[..., 1:5].clone(), weight, bias, silu)
@@ -324,6 +337,8 @@ def test_bad_argument_of_the_update_is_refused_by_name(case):
         ("num_bins", ((0.0, 1.0), 1)),
         ("num_bins", ((0.0, 1.0), 2.0)),
         ("rule", ((0.0, 1.0), 256, 512)),
+        ("stride", ((0.0, 1.0), 256, None, 0)),
+        ("stride", ((0.0, 1.0), 256, None, True)),
     ),
 )
 def test_bad_histogram_is_refused_by_name(name, arguments):

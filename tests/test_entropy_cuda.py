@@ -69,7 +69,7 @@ def test_values_that_lie_densely_are_one_row_and_a_slice_is_rows():
 def test_the_table_fits_a_block_without_asking_for_more_shared_memory(num_bins):
     columns = _entropy_cuda.columns(num_bins)
     assert columns in (1, 2, 4, 8, 16, 32) and (columns == 32) == (num_bins <= 256)
-    assert (num_bins + 1) * columns * 4 <= _entropy_cuda.table_bytes(num_bins) <= 33 * 1024
+    assert (num_bins + 1) * columns * 4 <= _entropy_cuda.table_bytes(num_bins, columns) <= 33 * 1024
     assert _entropy_cuda.copies(num_bins) * num_bins <= max(2048, num_bins)
 
 

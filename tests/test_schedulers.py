@@ -111,6 +111,15 @@ def test_device_hist_is_hist_on_the_cpu_and_may_bin_over_a_fixed_range():
     assert fixed(u) == ChunkRule(128, 2048, math.log(256))(float(fixed.statistic(u)))
 
 
+def test_device_hist_may_sample_tokens_and_layers():
+    u = scan_input() ** 9
+    light = get_scheduler("device-hist", range=(-1.0, 1.0), stride=4, every=3, otherwise=256, c_max=2048)
+    assert light.statistic(u) == histogram_entropy(u[..., ::4], range=(-1.0, 1.0))
+    decided = ChunkRule(128, 2048, math.log(256))(float(light.statistic(u)))
+    assert [light(u, layer=layer) for layer in range(7)] == [decided, 256, 256, decided, 256, 256, decided]
+    assert light(u) == decided and (light.every, light.on_the_way.stride) == (3, 4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("bounds", [None, (-4.0, 4.0)], ids=["own", "fixed"])
 def test_device_hist_leaves_the_chunk_on_the_device_without_waiting(bounds):

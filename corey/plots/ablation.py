@@ -16,7 +16,8 @@ GROUPS = {  # label: colour, marker, policies besides the static chunks, from to
     )),
     "reads the activations": (PALETTE[1], MARKERS[1], (
         "hist", "device-hist", "sampled-hist", "token-hist", "cheap-proxy", "variance-proxy", "kurtosis-proxy",
-        "guarded-hist", "guarded-sampled-hist", "hist-every-4th", "table-always-reads",
+        "guarded-hist", "guarded-sampled-hist", "hist-every-4th", "table-always-reads", "device-hist-on-the-way",
+        "device-hist-every-4th",
     )),
 }  # fmt: skip
 PARTS = {  # part: colour, marker, label
