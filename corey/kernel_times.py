@@ -14,9 +14,7 @@ OWN = {  # of corey's kernels, by the start of the name
 }
 STOCK = {"selective_scan_fwd": "scan", "causal_conv1d": "conv"}  # anywhere in the name
 GEMM = re.compile(r"gemm|gemv|nvjet|cutlass|xmma|splitk", re.IGNORECASE)
-REDUCTION = re.compile(
-    r"splitk", re.IGNORECASE
-)  # adds up a matrix product that was split; belongs to the one before it
+REDUCTION = re.compile("splitkreduce", re.IGNORECASE)  # adds up a product that was split, the one before it
 
 
 def kernel_times(function: Callable[[], object]) -> pd.DataFrame:

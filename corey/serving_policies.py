@@ -48,14 +48,15 @@ class GuardedRule(ChunkRule):
 
 
 def guarded_device_hist(rule: GuardedRule, range: tuple[float, float], num_bins: int = 256) -> Scheduler:
-    """`device-hist` over a fixed range with a guarded rule."""
-    return Scheduler(
-        "guarded-device-hist",
-        "all of u",
-        "one pass over u and no host read",
-        lambda u, layer: device_chunk(u, rule, num_bins, range),
-        on_the_way=OutputHistogram(range, num_bins, rule),
-    )
+    """`device-hist` over a fixed range with a guarded rule; on a CPU it answers with an int, as that does."""
+
+    def choose(u: Tensor, layer: int | None) -> int | Tensor:
+        chunk = device_chunk(u, rule, num_bins, range)
+        return chunk if u.is_cuda else int(chunk)
+
+    cost = "one pass over u and no host read"
+    on_the_way = OutputHistogram(range, num_bins, rule)
+    return Scheduler("guarded-device-hist", "all of u", cost, choose, on_the_way=on_the_way)
 
 
 def priced_policies() -> dict[str, ChunkPolicy | None]:

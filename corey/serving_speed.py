@@ -157,7 +157,7 @@ def kernel_rows(client: torch.nn.Module, model: Mamba, ids: Tensor, limits: Limi
 def markdown(rows: pd.DataFrame) -> str:
     """The set serving_speed as a table."""
     lines = [
-        "| | transformers on the stock kernels, ms | corey, ms | times faster | peak memory, GiB: transformers, corey |",
+        "| | transformers on stock kernels, ms | corey, ms | times faster | peak memory, GiB: transformers, corey |",
         "|---|---|---|---|---|",
     ]
     for row in rows.itertuples():
