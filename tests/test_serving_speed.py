@@ -25,7 +25,7 @@ from corey.serving_policies import GuardedRule
 from corey.serving_speed import TABLES, Task
 from corey.side_by_side import state_dropping_scan
 
-TINY = MambaConfig(d_model=32, n_layer=2, vocab_size=64, d_inner=64, dt_rank=2, d_state=8)
+TINY = MambaConfig(d_model=32, n_layer=2, vocab_size=64, d_inner=64, dt_rank=8, d_state=8)
 LIMITS = Limits(multiprocessors=132, clock_hz=1.98e9, copy_bytes_per_s=4e12)
 FLOPS = 7.5e14
 
@@ -209,7 +209,8 @@ def test_the_profile_of_a_prefill_has_every_part():
     assert {"norm", "in_proj", "conv", "x_proj", "dt_proj", "scan", "out_proj", "lm_head", "other"} == set(
         launches.index
     )
-    assert launches["norm"] == TINY.n_layer + 1 and launches["conv"] == launches["in_proj"] == TINY.n_layer
+    assert launches["norm"] == TINY.n_layer + 1 and launches["conv"] == TINY.n_layer
+    assert (launches[["in_proj", "x_proj", "dt_proj", "out_proj"]] >= TINY.n_layer).all()  # more where one is split
     assert (times.time_us > 0).all()
 
 
