@@ -79,7 +79,7 @@ def test_routed_logits_are_those_of_float64(ids, monkeypatch):
         truth = exact(ids.cpu()).logits[0]
     assert routed.calls == LAYERS and truth.dtype == torch.float64
     error = (logits.cpu() - truth).square().mean().sqrt() / truth.square().mean().sqrt()
-    assert error < 1e-5
+    assert error < 3e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
