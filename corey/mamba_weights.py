@@ -5,7 +5,7 @@ Only config.json and safetensors files are read, and no code that comes with a c
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -87,6 +87,21 @@ def random_mamba(
     device = torch.device(device)
     draw = partial(_draw, config, torch.Generator(device).manual_seed(seed))
     return _assemble(config, draw, device, dtype)
+
+
+def random_tensors(
+    config: MambaConfig, *, seed: int = 0, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """The tensors of a checkpoint with random weights, by transformers' names, all of one dtype; drawn as above."""
+    _check_dtype(dtype)
+    generator = torch.Generator(torch.device(device)).manual_seed(seed)
+    return {name: _draw(config, generator, name).to(dtype).contiguous() for name in tensor_shapes(config)}
+
+
+def mamba_of(config: MambaConfig, tensors: Mapping[str, Tensor], *, dtype: torch.dtype) -> Mamba:
+    """The model of a checkpoint's tensors, on their device; what has the dtype already is shared and not copied."""
+    _check_dtype(dtype)
+    return _assemble(config, tensors.__getitem__, tensors["backbone.embeddings.weight"].device, dtype)
 
 
 # ---- config ----------------------------------------------------------------------------------------------------------

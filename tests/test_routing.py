@@ -9,9 +9,16 @@ import torch
 
 pytest.importorskip("transformers", minversion="5.15", reason="routing is for transformers")
 
-from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
-from corey import routing
+from corey import routing, routing_clients
 from corey.generation import greedy_tokens, prefill
 from corey.routing import route
 from corey.scan import selective_scan
@@ -123,7 +130,7 @@ def test_everything_is_restored_after_the_block_and_after_an_error(ids):
         prefill(model, ids)
     assert (module.mamba_selective_scan, module.mamba_inner_fn) == before
     assert not mixer._forward_pre_hooks and not mixer._forward_hooks
-    assert routing._running() == [] and routing._originals == {}
+    assert routing._running() == [] and routing._replaced == {}
 
 
 @pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
@@ -264,7 +271,7 @@ def test_a_prompt_fed_in_pieces_gives_the_logits_of_the_whole(family, ids):
 
 @pytest.mark.parametrize("installed", ["4.57.1", "5.14.1", "5.15.0.dev0", "6.0.0"])
 def test_an_unknown_version_of_transformers_is_refused_with_both_versions(installed, monkeypatch):
-    monkeypatch.setattr(routing, "version", lambda package: installed)
+    monkeypatch.setattr(routing_clients, "version", lambda package: installed)
     with pytest.raises(RuntimeError, match=rf"transformers: got {installed}, want >=5\.15,<6"):
         route(build())
 
@@ -300,6 +307,16 @@ def test_bad_arguments_are_refused_by_name(case):
     model, arguments, error, message = BAD_ARGUMENTS[case]
     with pytest.raises(error, match=message):
         route(build() if model is None else model, **arguments)
+
+
+def test_a_model_of_mamba_2_is_refused_by_its_mixers_name():
+    config = Mamba2Config(
+        hidden_size=32, num_heads=8, head_dim=8, state_size=8, n_groups=1, num_hidden_layers=1, vocab_size=8
+    )
+    with pytest.raises(
+        TypeError, match=r"model: got Mamba2ForCausalLM with layers of class Mamba2Mixer, .* MambaMixer"
+    ):
+        route(Mamba2ForCausalLM(config))
 
 
 def test_a_schedulers_illegal_chunk_is_refused_by_the_scan(ids):

@@ -1,0 +1,129 @@
+"""What a chunk policy costs a prefill, and that none of them changes a bit of it.
+
+Every policy here answers with one chunk, the reference's, whatever it reads: what is timed is its statistic, its
+decision and the way of the chunk to the scan, and not the effect of another chunk.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from corey import benchmark
+from corey._check import bad_value
+from corey.ablation_policies import CONTROL, REFERENCE, REFERENCE_CHUNK
+from corey.conv import OutputHistogram
+from corey.equivalence import compare_logits
+from corey.mamba import ChunkPolicy, Mamba
+from corey.mamba_session import Session
+from corey.schedulers import ChunkRule, Scheduler, device_chunk, get_scheduler, guard, static
+
+CHUNK_SIZES = (128, 256, 512, 1024, 2048)
+BOUNDS = (-1.0, 3.0)  # of the fixed range: nearly all that a convolution with SiLU gives
+ENTROPY_LOW = 1e-3  # a reference entropy so low, in nats, that every input gets the largest chunk
+
+
+@dataclass(frozen=True)
+class GuardedRule(ChunkRule):
+    """A `ChunkRule` behind `guard`, as one map from the entropy to the chunk that a device can take.
+
+    fallback and delta as in `guard`. The guarded map must still begin at c_min and end at c_max.
+    """
+
+    fallback: int = REFERENCE_CHUNK
+    delta: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("c_min", "c_max"):
+            chunk = getattr(self, name)
+            if guard(chunk, self.fallback, self.delta) != chunk:
+                raise bad_value(name, chunk, f"fallback = {self.fallback} or at least {self.delta} doublings from it")
+
+    def __call__(self, entropy_nats: float) -> int:
+        return guard(super().__call__(entropy_nats), self.fallback, self.delta)
+
+
+def guarded_device_hist(rule: GuardedRule, range: tuple[float, float], num_bins: int = 256) -> Scheduler:
+    """`device-hist` over a fixed range with a guarded rule; on a CPU it answers with an int, as that does."""
+
+    def choose(u: Tensor, layer: int | None) -> int | Tensor:
+        chunk = device_chunk(u, rule, num_bins, range)
+        return chunk if u.is_cuda else int(chunk)
+
+    cost = "one pass over u and no host read"
+    on_the_way = OutputHistogram(range, num_bins, rule)
+    return Scheduler("guarded-device-hist", "all of u", cost, choose, on_the_way=on_the_way)
+
+
+def priced_policies() -> dict[str, ChunkPolicy | None]:
+    """The policies by name: the reference and its control, no policy at all, and those that a session can capture."""
+    rule = {"c_max": REFERENCE_CHUNK, "h_ref": ENTROPY_LOW}
+    return {
+        REFERENCE: static(REFERENCE_CHUNK),
+        CONTROL: lambda u, layer: REFERENCE_CHUNK,
+        "table": get_scheduler("table", rules={"default_chunk": REFERENCE_CHUNK, "rules": []}),
+        "device-hist, own range": get_scheduler("device-hist", **rule),
+        "device-hist, fixed range": get_scheduler("device-hist", range=BOUNDS, **rule),
+        "guarded-device-hist": guarded_device_hist(GuardedRule(128, REFERENCE_CHUNK, ENTROPY_LOW), BOUNDS),
+    }
+
+
+def captured(policies: Mapping[str, ChunkPolicy | None], model: Mamba, ids: Tensor) -> dict[str, partial]:
+    """A prefill a policy, in a session of its own that has captured it where the model is on CUDA."""
+    calls = {name: partial(Session(model, len(ids)).prefill, ids, chunk_policy=each) for name, each in policies.items()}
+    for call in calls.values():
+        call()  # the first is eager and the second is captured
+        call()
+    return calls
+
+
+def price_rows(model: Mamba, ids: Tensor, *, rounds: int, seed: int) -> pd.DataFrame:
+    """Share of the prefill's time that each policy takes, against the reference, with 95 % intervals.
+
+    Columns scheduler, latency_us, share, share_low, share_high, n_rounds.
+    """
+    calls = captured(priced_policies(), model, ids)
+    times = benchmark.paired(calls, rounds=rounds, seed=seed, device=model.device)
+    medians = times.groupby("name").latency_us.median()
+    found = []
+    for name in calls:
+        row = {"scheduler": name, "latency_us": medians[name], "n_rounds": rounds}
+        if name != REFERENCE:
+            ratio = benchmark.ratio_interval(times, name, REFERENCE)
+            row |= {
+                f"share{end}": 1 - 1 / ratio[key] for end, key in (("", "ratio"), ("_low", "low"), ("_high", "high"))
+            }
+        found.append(row)
+    return pd.DataFrame(found)
+
+
+def bit_rows(model: Mamba, ids: Tensor, *, new_tokens: int) -> pd.DataFrame:
+    """Whether chunk sizes and policies give the bits of the reference: columns scheduler, logits_bitwise_equal,
+    tokens_equal. Logits are those after the prompt, and `new_tokens` greedy tokens follow."""
+    statics = {f"static-{size}": static(size) for size in CHUNK_SIZES}
+    deciding = {
+        "device-hist, 128 to 2048": get_scheduler("device-hist", c_max=2048),
+        "device-hist, 128 to 2048, fixed range": get_scheduler("device-hist", c_max=2048, range=BOUNDS),
+    }
+    policies = statics | priced_policies() | {"operator's rule": None} | deciding
+    logits, tokens = {}, {}
+    for name, policy in policies.items():
+        session = Session(model, len(ids))
+        first = session.prefill(ids, chunk_policy=policy)
+        logits[name] = session.prefill(ids, chunk_policy=policy)  # from the graph, where there is one
+        if not compare_logits(first[None], logits[name][None]).bitwise_equal:
+            raise RuntimeError(f"{name}: got other logits from the graph than from the eager call, want the same bits")
+        tokens[name] = session.decode(new_tokens)
+    return pd.DataFrame(
+        {
+            "scheduler": name,
+            "logits_bitwise_equal": compare_logits(logits[name][None], logits[REFERENCE][None]).bitwise_equal,
+            "tokens_equal": torch.equal(tokens[name], tokens[REFERENCE]),
+        }
+        for name in policies
+        if name != REFERENCE
+    )
