@@ -1,6 +1,6 @@
 """What a chunk policy costs a prefill, and that none of them changes a bit of it.
 
-Every policy here answers with one chunk, the reference's, whatever it reads: what is timed is its statistic, its
+Every priced policy answers with one chunk, a static policy's, whatever it reads: what is timed is its statistic, its
 decision and the way of the chunk to the scan, and not the effect of another chunk.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from corey import benchmark
 from corey._check import bad_value
-from corey.ablation_policies import CONTROL, REFERENCE, REFERENCE_CHUNK
+from corey.ablation_policies import REFERENCE
 from corey.conv import OutputHistogram
 from corey.equivalence import compare_logits
 from corey.mamba import ChunkPolicy, Mamba
@@ -22,6 +22,8 @@ from corey.mamba_session import Session
 from corey.schedulers import ChunkRule, Scheduler, device_chunk, get_scheduler, guard, static
 
 CHUNK_SIZES = (128, 256, 512, 1024, 2048)
+PRICED_AT = (256, 512)  # the fastest static chunk of a 370M prefill on an H200, and the paper's
+EVERY_TOKENS, EVERY_LAYERS = 8, 4  # that the lighter forms of device-hist read
 BOUNDS = (-1.0, 3.0)  # of the fixed range: nearly all that a convolution with SiLU gives
 ENTROPY_LOW = 1e-3  # a reference entropy so low, in nats, that every input gets the largest chunk
 
@@ -33,7 +35,7 @@ class GuardedRule(ChunkRule):
     fallback and delta as in `guard`. The guarded map must still begin at c_min and end at c_max.
     """
 
-    fallback: int = REFERENCE_CHUNK
+    fallback: int = 512
     delta: float = 2.0
 
     def __post_init__(self) -> None:
@@ -59,16 +61,30 @@ def guarded_device_hist(rule: GuardedRule, range: tuple[float, float], num_bins:
     return Scheduler("guarded-device-hist", "all of u", cost, choose, on_the_way=on_the_way)
 
 
-def priced_policies() -> dict[str, ChunkPolicy | None]:
-    """The policies by name: the reference and its control, no policy at all, and those that a session can capture."""
-    rule = {"c_max": REFERENCE_CHUNK, "h_ref": ENTROPY_LOW}
+def priced_policies(chunk_size: int, device="cpu") -> dict[str, ChunkPolicy]:
+    """The policies by name: the static one, its control, and those that a session can capture; all take `chunk_size`.
+
+    "on the device" computes nothing and hands the scan a chunk that lies there, which is the part of every device-hist
+    that no statistic and no decision explains.
+    """
+    rule = {"c_max": chunk_size, "h_ref": ENTROPY_LOW}
+    fixed = rule | {"range": BOUNDS}
+    light = fixed | {"stride": EVERY_TOKENS}
+    there = torch.tensor(chunk_size, dtype=torch.int32, device=device)
     return {
-        REFERENCE: static(REFERENCE_CHUNK),
-        CONTROL: lambda u, layer: REFERENCE_CHUNK,
-        "table": get_scheduler("table", rules={"default_chunk": REFERENCE_CHUNK, "rules": []}),
+        "static": static(chunk_size),
+        "static again": lambda u, layer: chunk_size,
+        "table": get_scheduler("table", rules={"default_chunk": chunk_size, "rules": []}),
+        "on the device": lambda u, layer: there if u.is_cuda else chunk_size,
         "device-hist, own range": get_scheduler("device-hist", **rule),
-        "device-hist, fixed range": get_scheduler("device-hist", range=BOUNDS, **rule),
-        "guarded-device-hist": guarded_device_hist(GuardedRule(128, REFERENCE_CHUNK, ENTROPY_LOW), BOUNDS),
+        "device-hist, fixed range": get_scheduler("device-hist", **fixed),
+        "device-hist, every 8th token": get_scheduler("device-hist", **light),
+        "device-hist, every 8th token and 4th layer": get_scheduler(
+            "device-hist", every=EVERY_LAYERS, otherwise=chunk_size, **light
+        ),
+        "guarded-device-hist": guarded_device_hist(
+            GuardedRule(chunk_size // 4, chunk_size, ENTROPY_LOW, fallback=chunk_size), BOUNDS
+        ),
     }
 
 
@@ -82,22 +98,22 @@ def captured(policies: Mapping[str, ChunkPolicy | None], model: Mamba, ids: Tens
 
 
 def price_rows(model: Mamba, ids: Tensor, *, rounds: int, seed: int) -> pd.DataFrame:
-    """Share of the prefill's time that each policy takes, against the reference, with 95 % intervals.
+    """Share of the prefill's time that each policy takes, against the static one of its chunk, with 95 % intervals.
 
-    Columns scheduler, latency_us, share, share_low, share_high, n_rounds.
+    Columns chunk_size, scheduler, latency_us, share, share_low, share_high, n_rounds.
     """
-    calls = captured(priced_policies(), model, ids)
-    times = benchmark.paired(calls, rounds=rounds, seed=seed, device=model.device)
-    medians = times.groupby("name").latency_us.median()
     found = []
-    for name in calls:
-        row = {"scheduler": name, "latency_us": medians[name], "n_rounds": rounds}
-        if name != REFERENCE:
-            ratio = benchmark.ratio_interval(times, name, REFERENCE)
-            row |= {
-                f"share{end}": 1 - 1 / ratio[key] for end, key in (("", "ratio"), ("_low", "low"), ("_high", "high"))
-            }
-        found.append(row)
+    for chunk_size in PRICED_AT:
+        calls = captured(priced_policies(chunk_size, model.device), model, ids)
+        times = benchmark.paired(calls, rounds=rounds, seed=seed, device=model.device)
+        medians = times.groupby("name").latency_us.median()
+        for name in calls:
+            row = {"chunk_size": chunk_size, "scheduler": name, "latency_us": medians[name], "n_rounds": rounds}
+            if name != "static":
+                ratio = benchmark.ratio_interval(times, name, "static")
+                ends = {"share": "ratio", "share_low": "low", "share_high": "high"}
+                row |= {column: 1 - 1 / ratio[end] for column, end in ends.items()}
+            found.append(row)
     return pd.DataFrame(found)
 
 
@@ -109,7 +125,13 @@ def bit_rows(model: Mamba, ids: Tensor, *, new_tokens: int) -> pd.DataFrame:
         "device-hist, 128 to 2048": get_scheduler("device-hist", c_max=2048),
         "device-hist, 128 to 2048, fixed range": get_scheduler("device-hist", c_max=2048, range=BOUNDS),
     }
-    policies = statics | priced_policies() | {"operator's rule": None} | deciding
+    priced = {
+        f"{name}, {chunk}": each
+        for chunk in PRICED_AT
+        for name, each in priced_policies(chunk, model.device).items()
+        if not name.startswith("static")
+    }
+    policies = statics | priced | {"operator's rule": None} | deciding
     logits, tokens = {}, {}
     for name, policy in policies.items():
         session = Session(model, len(ids))

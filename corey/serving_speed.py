@@ -28,7 +28,7 @@ from corey.prefill_floors import measure_gemm_rate, prefill_floors
 from corey.serving_policies import bit_rows, price_rows
 
 DTYPE = torch.bfloat16
-ROUNDS, GENERATE_ROUNDS, POLICY_ROUNDS = 30, 10, 100
+ROUNDS, GENERATE_ROUNDS, POLICY_ROUNDS = 30, 10, 60
 LOGIT_TOKENS = 976  # of the prompt whose logits are compared at every position
 
 
@@ -172,10 +172,12 @@ def markdown(rows: pd.DataFrame) -> str:
 
 def policies_markdown(rows: pd.DataFrame) -> str:
     """The set serving_speed_policies as a table, in per cent of the prefill."""
-    lines = ["| policy | prefill, ms | share of it, % |", "|---|---|---|"]
+    lines = ["| chunk | policy | prefill, ms | share of it, % |", "|---|---|---|---|"]
     for row in rows.itertuples():
         share = f"{row.share:.2%} [{row.share_low:.2%}, {row.share_high:.2%}]".replace("%", "")
-        lines.append(f"| {row.scheduler} | {row.latency_us / 1e3:.3f} | {share if row.share == row.share else ''} |")
+        lines.append(
+            f"| {row.chunk_size} | {row.scheduler} | {row.latency_us / 1e3:.3f} | {share if row.share == row.share else ''} |"
+        )
     return "\n".join(lines)
 
 

@@ -11,7 +11,6 @@ import torch
 pytest.importorskip("transformers", minversion="5.15", reason="the peer is transformers' Mamba")
 
 from corey import mamba, peer, results, serving_policies, serving_speed
-from corey.ablation_policies import CONTROL, REFERENCE
 from corey.cold_timing import Limits
 from corey.entropy import histogram_entropy
 from corey.kernel_times import kernel_times, parts_of_client, parts_of_prefill
@@ -70,7 +69,7 @@ def test_every_set_has_its_rows(sets, tmp_path, monkeypatch):
     assert 0 < logits.decided == logits.decided_equal <= 30
     assert sets["serving_speed_bits"].groupby("prompt_tokens").scheduler.size().nunique() == 1
     assert sets["serving_speed_bits"][["logits_bitwise_equal", "tokens_equal"]].all(axis=None)
-    assert set(sets["serving_speed_policies"].scheduler) > {REFERENCE, CONTROL, "table", "guarded-device-hist"}
+    assert set(sets["serving_speed_policies"].scheduler) > {"static", "table", "guarded-device-hist"}
 
 
 def test_every_column_is_in_the_data_dictionary(sets):
@@ -92,7 +91,7 @@ def test_a_scan_whose_bits_depend_on_the_chunk_is_seen(pair, monkeypatch):
 
     monkeypatch.setattr(mamba, "selective_scan", dropping)
     rows = serving_policies.bit_rows(pair[2], ids_of(700), new_tokens=2).set_index("scheduler")
-    assert not rows.logits_bitwise_equal["static-128"] and rows.logits_bitwise_equal["table"]
+    assert not rows.logits_bitwise_equal["static-128"] and rows.logits_bitwise_equal["table, 512"]
 
 
 def test_the_share_of_a_policy_is_that_of_the_prefill_with_it(pair, monkeypatch):
@@ -100,11 +99,13 @@ def test_the_share_of_a_policy_is_that_of_the_prefill_with_it(pair, monkeypatch)
         time.sleep(0.02)
         return 512
 
-    monkeypatch.setattr(serving_policies, "priced_policies", lambda: {REFERENCE: static(512), "slow": slow})
-    rows = serving_policies.price_rows(pair[2], ids_of(40), rounds=5, seed=0).set_index("scheduler")
-    reference, with_it = rows.latency_us[REFERENCE], rows.latency_us["slow"]
+    two = {"static": static(512), "slow": slow}
+    monkeypatch.setattr(serving_policies, "priced_policies", lambda chunk_size, device: two)
+    rows = serving_policies.price_rows(pair[2], ids_of(40), rounds=5, seed=0)
+    rows = rows[rows.chunk_size == 512].set_index("scheduler")
+    reference, with_it = rows.latency_us["static"], rows.latency_us["slow"]
     assert with_it > 4e4 and rows.share["slow"] == pytest.approx(1 - reference / with_it, abs=0.1)
-    assert math.isnan(rows.share[REFERENCE])
+    assert math.isnan(rows.share["static"])
 
 
 @pytest.mark.parametrize("c_max", [512, 2048])
@@ -160,11 +161,20 @@ def test_tables_show_what_the_rows_say():
     assert serving_speed.markdown(pd.DataFrame([speed])).endswith(
         "| prefill 4096 tokens, 370m | 55.0 | 11.90 | 4.6 [4.5, 4.7] | 1.00, 0.50 |"
     )
-    policies = [{"scheduler": REFERENCE, "latency_us": 11_900.0}]
+    policies = [{"chunk_size": 512, "scheduler": "static", "latency_us": 11_900.0}]
     policies.append(
-        {"scheduler": "table", "latency_us": 11_901.0, "share": 1e-4, "share_low": -1e-4, "share_high": 2e-4}
+        {
+            "chunk_size": 512,
+            "scheduler": "table",
+            "latency_us": 11_901.0,
+            "share": 1e-4,
+            "share_low": -1e-4,
+            "share_high": 2e-4,
+        }  # fmt: skip
     )
-    assert serving_speed.policies_markdown(pd.DataFrame(policies)).endswith("| table | 11.901 | 0.01 [-0.01, 0.02] |")
+    assert serving_speed.policies_markdown(pd.DataFrame(policies)).endswith(
+        "| 512 | table | 11.901 | 0.01 [-0.01, 0.02] |"
+    )
     kernels = [
         {"client": "corey", "part": "conv", "launches": 48, "time_us": 750.0, "floor_us": 375.0, "bound": "bytes"}
     ]
@@ -233,4 +243,4 @@ def test_captured_policies_have_the_bits_of_the_reference():
     model = mamba_of(TINY, random_tensors(TINY, device="cuda", dtype=torch.bfloat16), dtype=torch.bfloat16)
     rows = serving_policies.bit_rows(model, ids_of(700).cuda(), new_tokens=4)
     assert rows[["logits_bitwise_equal", "tokens_equal"]].all(axis=None)
-    assert len(serving_policies.price_rows(model, ids_of(700).cuda(), rounds=5, seed=0)) == 6
+    assert len(serving_policies.price_rows(model, ids_of(700).cuda(), rounds=5, seed=0)) == 18
