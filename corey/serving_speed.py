@@ -175,9 +175,8 @@ def policies_markdown(rows: pd.DataFrame) -> str:
     lines = ["| chunk | policy | prefill, ms | share of it, % |", "|---|---|---|---|"]
     for row in rows.itertuples():
         share = f"{row.share:.2%} [{row.share_low:.2%}, {row.share_high:.2%}]".replace("%", "")
-        lines.append(
-            f"| {row.chunk_size} | {row.scheduler} | {row.latency_us / 1e3:.3f} | {share if row.share == row.share else ''} |"
-        )
+        share = share if row.share == row.share else ""
+        lines.append(f"| {row.chunk_size} | {row.scheduler} | {row.latency_us / 1e3:.3f} | {share} |")
     return "\n".join(lines)
 
 

@@ -63,8 +63,8 @@ def test_every_set_has_its_rows(sets, tmp_path, monkeypatch):
     for name, rows in sets.items():
         results.write_rows(rows, name, parameters={})
     speed = sets["serving_speed"]
-    assert list(speed.new_tokens) == [0, 3] and (speed.speedup_low <= speed.speedup_high).all()
-    assert speed.speedup[0] == pytest.approx(speed.peer_us[0] / speed.latency_us[0], rel=0.5)
+    assert list(speed.new_tokens) == [0, 3] and (speed[["latency_us", "peer_us"]] > 0).all(axis=None)
+    assert (speed.speedup_low <= speed.speedup).all() and (speed.speedup <= speed.speedup_high).all()
     logits = sets["serving_speed_logits"].iloc[0]
     assert 0 < logits.decided == logits.decided_equal <= 30
     assert sets["serving_speed_bits"].groupby("prompt_tokens").scheduler.size().nunique() == 1
@@ -170,7 +170,7 @@ def test_tables_show_what_the_rows_say():
             "share": 1e-4,
             "share_low": -1e-4,
             "share_high": 2e-4,
-        }  # fmt: skip
+        }
     )
     assert serving_speed.policies_markdown(pd.DataFrame(policies)).endswith(
         "| 512 | table | 11.901 | 0.01 [-0.01, 0.02] |"
