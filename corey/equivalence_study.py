@@ -1,5 +1,6 @@
 """What notebook 04 puts through every policy: a checkpoint on its prompts, and random weights on text in bytes."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -99,7 +100,7 @@ def largest_deviations(rows: pd.DataFrame) -> pd.DataFrame:
             | {
                 "prompts": group.row_id.nunique(),
                 "logit_max_abs_diff": group.logit_max_abs_diff.max(),
-                "score_delta_points": side_summary.score_deltas(group).max_abs.max() if scored else None,
+                "score_delta_points": side_summary.score_deltas(group).max_abs.max() if scored else math.nan,
                 "perplexity_ratio_deviation": side_summary.perplexities(group).max_ratio_deviation.max(),
             }
         )

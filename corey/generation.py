@@ -63,7 +63,7 @@ def greedy_decode(
 def best_two(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Best token of each row, (B,) int64, and its distance from the second best, (B,) float32. logits: (B, V).
 
-    In half precision ties are common. A gap of zero shows one, and which of the two is taken does not vary with the run.
+    In half precision ties are common. A gap of zero shows one, and the choice between the two does not vary by run.
     """
     logits = logits.float()
     token = logits.argmax(-1)  # (B,); topk says nothing about the order of equals
