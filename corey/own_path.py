@@ -4,6 +4,9 @@ The two add in another order, so bits differ. What counts is by how much, from w
 how near to a tie the choice was there.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from corey.equivalence import sequence_nll
@@ -75,11 +78,10 @@ def own_path_rows(
     for task, row in rows:
         ids = protocol.encode(tokenizer, task, row, max_prompt_tokens).ids
         lean, state, _ = read_prompt(model, torch.tensor([ids], device=model.device), None)  # (L, V)
-        own, cache = prefill(client, ids)
-        made = {
-            PASSIVE: decode(model, state, lean[-1:], new_tokens)[0],
-            OWN_PATH: greedy_decode(client, own, cache, max_new_tokens=new_tokens, eos_token_id=None),
-        }
+        with _exact_convolutions():
+            own, cache = prefill(client, ids)
+            theirs = greedy_decode(client, own, cache, max_new_tokens=new_tokens, eos_token_id=None)
+        made = {PASSIVE: decode(model, state, lean[-1:], new_tokens)[0], OWN_PATH: theirs}
         for side, logits in {PASSIVE: lean, OWN_PATH: own.float()}.items():
             nll_nats, nll_tokens = sequence_nll(logits, torch.tensor(ids, device=logits.device))
             found.append(
@@ -97,3 +99,14 @@ def own_path_rows(
                 }
             )
     return found
+
+
+@contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    """cuDNN rounds the inputs of float32 convolutions to TF32 unless told otherwise; torch's matrix products do not."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

@@ -68,6 +68,8 @@ def run_side(
     with routed, torch.inference_mode():
         start = time.perf_counter()
         logits, cache = prefill(model, prompt_ids)  # (L, V)
+        if logits.is_cuda:
+            torch.cuda.synchronize(logits.device)  # launched is not done
         elapsed = time.perf_counter() - start
         chunks = () if side.scan is None else tuple(routed.chunks)
         nll_nats = None

@@ -9,8 +9,7 @@ pytest.importorskip("lm_eval", reason="the prompts are lm-eval's")
 
 import corey.mamba
 from corey import policy_equivalence, side_summary
-from corey.equivalence import compare_logits
-from corey.generation import best_two, greedy_tokens
+from corey.generation import best_two
 from corey.longbench import TASKS, load_rows, official
 from corey.mamba import MambaConfig
 from corey.mamba_session import Session
@@ -129,17 +128,9 @@ def test_the_twin_computes_what_the_lean_model_computes(device):
     rows = pd.DataFrame(own_path_rows(model, twin, byte_tokenizer(), ROWS[:3], **LIMITS))
     own = rows[rows.side == OWN_PATH]
     assert not own.logits_bitwise_equal.any()  # another order of sums
-    assert own.logit_max_abs_diff.max() < 1e-4 and own.tokens_equal.all()
+    assert own.logit_max_abs_diff.max() < 1e-5 and own.tokens_equal.all()
     assert rows[rows.side == PASSIVE].logits_bitwise_equal.all()
     assert side_summary.perplexities(rows).ratio.sub(1).abs().max() < 1e-6
-    ids = official().encode(byte_tokenizer(), *ROWS[0], 500).ids
-    assert (
-        compare_logits(
-            model(torch.tensor([ids], device=device))[0], twin(torch.tensor([ids], device=device)).logits[0].float()
-        ).max_abs_diff
-        == own.logit_max_abs_diff.iloc[0]
-    )
-    assert len(greedy_tokens(twin, ids, max_new_tokens=8, eos_token_id=None).tokens) == 8
 
 
 def test_in_half_precision_the_recurrence_of_the_twin_keeps_float32_weights():
