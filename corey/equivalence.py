@@ -65,8 +65,7 @@ def compare_logits(a: torch.Tensor, b: torch.Tensor) -> LogitComparison:
     if a.shape != b.shape or a.dtype != b.dtype:
         raise bad_value("b", f"{tuple(b.shape)} {b.dtype}", f"the shape and dtype of a, {tuple(a.shape)} {a.dtype}")
     a, b = a.detach().contiguous(), b.detach().to(a.device).contiguous()
-    bits = _INTEGER_OF[a.element_size()]
-    differs = a.view(bits) != b.view(bits)  # (..., L, V)
+    differs = _bits(a) != _bits(b)  # (..., L, V)
     if not differs.any():
         return LogitComparison(True, 0.0, 0.0, 0.0, None)
     gaps = torch.where(differs, a.double() - b.double(), 0.0)  # (..., L, V)
@@ -78,6 +77,13 @@ def compare_logits(a: torch.Tensor, b: torch.Tensor) -> LogitComparison:
         rms_diff=gaps.square().mean().sqrt().item(),
         first_divergence=int(positions.nonzero()[0]),
     )
+
+
+def bitwise_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two floating tensors of one shape and dtype hold the same bits; on one device nothing else leaves it."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        raise bad_value("b", f"{tuple(b.shape)} {b.dtype}", f"the shape and dtype of a, {tuple(a.shape)} {a.dtype}")
+    return torch.equal(_bits(a.contiguous()), _bits(b.contiguous()))
 
 
 def compare_tokens(a: Sequence[int], b: Sequence[int]) -> TokenComparison:
@@ -158,6 +164,10 @@ def agreement_interval(num_equal: int, n: int, *, confidence: float = 0.95) -> I
     _check_confidence(confidence)
     bounds = stats.binomtest(int(num_equal), int(n)).proportion_ci(confidence, method="wilson")
     return Interval(num_equal / n, float(bounds.low), float(bounds.high), int(n))
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    return x.view(_INTEGER_OF[x.element_size()])
 
 
 def _check_values(name: str, values: Sequence[float]) -> np.ndarray:

@@ -51,13 +51,24 @@ def greedy_decode(
     tokens, gaps = [], []
     last = logits[-1]  # (V,)
     while True:
-        best = last.float().topk(2)
-        tokens.append(int(best.indices[0]))
-        gaps.append((best.values[0] - best.values[1]).item())
+        token, gap = best_two(last[None])
+        tokens.append(int(token))
+        gaps.append(gap.item())
         if tokens[-1] == eos_token_id or len(tokens) == max_new_tokens:
             return Generation(tuple(tokens), tuple(gaps))
         step = torch.tensor([tokens[-1:]], device=logits.device)  # (1, 1)
         last = model(step, cache_params=cache, use_cache=True).logits[0, -1]
+
+
+def best_two(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Best token of each row, (B,) int64, and its distance from the second best, (B,) float32. logits: (B, V).
+
+    In half precision ties are common. A gap of zero shows one, and the choice between the two does not vary by run.
+    """
+    logits = logits.float()
+    token = logits.argmax(-1)  # (B,); topk says nothing about the order of equals
+    second = logits.scatter(-1, token[:, None], -torch.inf).amax(-1)  # (B,)
+    return token, logits.gather(-1, token[:, None])[:, 0] - second
 
 
 def greedy_tokens(

@@ -68,6 +68,8 @@ def run_side(
     with routed, torch.inference_mode():
         start = time.perf_counter()
         logits, cache = prefill(model, prompt_ids)  # (L, V)
+        if logits.is_cuda:
+            torch.cuda.synchronize(logits.device)  # launched is not done
         elapsed = time.perf_counter() - start
         chunks = () if side.scan is None else tuple(routed.chunks)
         nll_nats = None
@@ -132,33 +134,33 @@ def compare_sides(
                 "prefill_s": run.prefill_s,
                 "nll_nats": run.nll_nats,
                 "nll_tokens": run.nll_tokens,
-                **_logit_columns(runs[0], run),
-                **_token_columns(runs[0], run),
+                **logit_columns(runs[0].logits, run.logits),
+                **token_columns(runs[0].generation, run.generation),
                 **_answer_columns(protocol, tokenizer, task, row, run),
             }
         )
     return rows
 
 
-def _logit_columns(passive: Run, run: Run) -> dict:
-    found = compare_logits(passive.logits, run.logits)
+def logit_columns(passive: torch.Tensor, logits: torch.Tensor) -> dict:
+    """How the logits (L, V) of one prompt differ from the passive side's, as columns of `compare_sides`."""
+    found = compare_logits(passive, logits)
     return {
         "logits_bitwise_equal": found.bitwise_equal,
         "logit_max_abs_diff": found.max_abs_diff,
         "logit_rms_diff": found.rms_diff,
         "logit_first_divergence": found.first_divergence,
-        "argmax_agreement": (passive.logits.argmax(-1) == run.logits.argmax(-1)).double().mean().item(),
+        "argmax_agreement": (passive.argmax(-1) == logits.argmax(-1)).double().mean().item(),
     }
 
 
-def _token_columns(passive: Run, run: Run) -> dict:
+def token_columns(passive: Generation, generation: Generation | None) -> dict:
     """Agreement of the decoded tokens, and how sure the passive side was where they part."""
-    if run.generation is None:
+    if generation is None:
         return {"tokens_equal": None, "token_agreement": None, "token_first_divergence": None, "top2_gap": None}
-    tokens = passive.generation.tokens
-    found = compare_tokens(tokens, run.generation.tokens)
+    found = compare_tokens(passive.tokens, generation.tokens)
     first = found.first_divergence
-    gap = passive.generation.top2_gaps[first] if first is not None and first < len(tokens) else None
+    gap = passive.top2_gaps[first] if first is not None and first < len(passive.tokens) else None
     return {
         "tokens_equal": found.equal,
         "token_agreement": found.agreement,

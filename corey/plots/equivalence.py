@@ -1,4 +1,5 @@
-"""Figures of the equivalence of routed and passive runs (notebook 04). Rows are those of `corey.side_summary`."""
+"""Figures of the equivalence of routed and passive runs (notebook 04). Rows are those of `corey.side_summary` and
+`corey.equivalence_study`."""
 
 from collections.abc import Mapping
 
@@ -6,8 +7,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from corey.figures import GREY, MARKERS, PALETTE
+from corey.figures import GREY, MARKERS, PALETTE, WIDTH_FULL
 
 MEASURES = {"logits_bitwise_equal": "all logits, bit by bit", "tokens_equal": "all greedy tokens"}
 
@@ -107,6 +109,78 @@ def plot_scores(
     ax.set_ylim(0, 100)
     ax.set_ylabel("score (points)")
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, columnspacing=1.5, handletextpad=0.2)
+    return ax
+
+
+def plot_policies(rows: pd.DataFrame, measure: str, ax: Axes | None = None) -> Axes:
+    """Fraction of prompts on which each chunk policy equals the passive side, with Wilson intervals; a series a model.
+
+    rows: those of `equivalence_study.policy_agreement`. measure: one of MEASURES.
+    """
+    ax = ax or plt.gca()
+    rows = rows[rows["measure"] == measure]
+    policies = list(dict.fromkeys(rows["side"]))
+    models = rows.groupby(["model", "dtype"], sort=False)
+    for index, (key, found) in enumerate(models):
+        y = [policies.index(side) + (index - (len(models) - 1) / 2) * 0.22 for side in found["side"]]
+        ax.errorbar(
+            found["value"],
+            y,
+            xerr=[found["value"] - found["low"], found["high"] - found["value"]],
+            fmt=MARKERS[index],
+            color=PALETTE[index],
+            elinewidth=0.8,
+            ms=3,
+            label=f"{', '.join(key)} ({found['n'].max()} prompts)",
+            clip_on=False,
+        )
+    ax.set_yticks(range(len(policies)), policies)
+    ax.set_ylim(len(policies) - 0.5, -0.5)
+    ax.tick_params(axis="y", length=0)
+    ax.set_xlim(0.95 * rows["low"].min(), 1)
+    ax.set_xlabel(f"fraction equal to passive:\n{MEASURES[measure]}")
+    return ax
+
+
+def draw_policies(agreement: pd.DataFrame, own_path: pd.DataFrame) -> Figure:
+    """Both measures of `plot_policies` and, beside them, `plot_parting`, under one legend of the models."""
+    fig, axes = plt.subplots(1, 3, figsize=(WIDTH_FULL, 3.0), width_ratios=(1, 1, 1.2))
+    for ax, measure in zip(axes, MEASURES):
+        plot_policies(agreement, measure, ax)
+    axes[1].set_yticklabels([])
+    plot_parting(own_path, axes[2])
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, handletextpad=0.1)
+    return fig
+
+
+def plot_parting(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
+    """Where greedy tokens of transformers' own path part from the lean model's, over the prompt's logit difference.
+
+    rows: those of `own_path.own_path_rows` with model and dtype, without the lean model itself. A prompt whose tokens
+    all agree stands on the line "never".
+    """
+    ax = ax or plt.gca()
+    never = int(rows["new_tokens"].max())
+    for index, (_, found) in enumerate(rows.groupby(["model", "dtype"], sort=False)):
+        ax.plot(
+            found["logit_max_abs_diff"],
+            found["token_first_divergence"].fillna(never),
+            MARKERS[index],
+            color=PALETTE[index],
+            ms=4,
+            alpha=0.7,
+            mew=0,
+            clip_on=False,
+        )
+    ticks = [0, never // 4, never // 2, 3 * never // 4]
+    ax.axhline(never, color=GREY, lw=0.5)
+    ax.set_yticks([*ticks, never], [*map(str, ticks), "never"])
+    ax.set_ylim(0, never)
+    ax.set_xscale("log")
+    low, high = rows["logit_max_abs_diff"].min(), rows["logit_max_abs_diff"].max()
+    ax.set_xlim(low / 3, high * 3)
+    ax.set_ylabel("first differing new token")
+    ax.set_xlabel("largest logit difference\nfrom transformers' own path")
     return ax
 
 
