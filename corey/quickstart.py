@@ -7,6 +7,15 @@ import torch
 
 from corey.entropy import histogram_entropy
 
+# An edit to try: log(1 + e^x) without its logarithm, half a per cent off where the step is 0.01. (file, old, new)
+SHORTER_SOFTPLUS = {
+    "cpu": (
+        "_cpu_kernel.py",
+        "    return at_least(x, splat(ZERO)) + fma(twice * v, p, twice)",
+        "    return at_least(x, splat(ZERO)) + e",
+    ),
+    "cuda": ("common.cuh", "    return __fmaf_rn(e, log1p_over(e), fmaxf(x, 0.0f));", "    return fmaxf(x, 0.0f) + e;"),
+}
 
 def long_memory_inputs(
     d_inner: int, seqlen: int, *, d_state: int = 16, seed: int = 0, device: str = "cpu"
