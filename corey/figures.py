@@ -82,6 +82,11 @@ def save(fig: Figure, stem: str) -> list[Path]:
     ]
 
 
+def drawn() -> list[Path]:
+    """The PNGs in figures/, sorted; each has its PDF beside it."""
+    return sorted(paths.FIGURES.glob("*.png"))
+
+
 def interval(
     ax: Axes, x, y, low, high, *, color=None, marker: str = "o", linestyle: str = "none", label: str | None = None
 ):

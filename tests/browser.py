@@ -65,13 +65,18 @@ def _wait(server, address, log, limit_s=60):
     raise RuntimeError(f"JupyterLab did not answer at {address}:\n{log.read_text()}")
 
 
+def chromium_path() -> str | None:
+    """Chromium or Chrome on the PATH."""
+    return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
 @contextmanager
 def chromium(**size):
     """A page of a headless browser."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=chromium_path(), args=["--no-sandbox"])
         try:
             yield browser.new_page(viewport=size or {"width": 1400, "height": 1000})
         finally:

@@ -2,7 +2,9 @@
 
 import base64
 import hashlib
-import shutil
+import os
+import subprocess
+import sys
 
 import browser
 import pytest
@@ -10,7 +12,7 @@ import pytest
 pytest.importorskip("playwright", reason="playwright is not installed: make browser")
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(shutil.which("chromium") is None, reason="there is no chromium on this machine"),
+    pytest.mark.skipif(browser.chromium_path() is None, reason="there is no Chromium on the PATH"),
 ]
 FIGURE = "img[src^='data:image/png']"
 
@@ -59,3 +61,21 @@ def test_the_quickstart_runs_and_its_figure_follows_a_slider_and_a_menu(lab, tmp
     assert len(seen) == 3
     page.screenshot(path=tmp_path / "quickstart.png")
     assert errors(page.evaluate("() => jupyterapp.shell.currentWidget.content.model.toJSON()")) == []
+
+
+def test_the_report_opens_with_verdicts_figures_and_a_notebook(lab, tmp_path):
+    project, _, page = lab
+    environment = os.environ | {"PYTHONPATH": str(project)}
+    for command in (["corey.run", "09_claims"], ["corey.reports"]):
+        subprocess.run([sys.executable, "-m", *command], env=environment, cwd=project, check=True, capture_output=True)
+    broken = []
+    page.on("pageerror", lambda error: broken.append(str(error)))
+    page.goto((project / "build" / "reports" / "index.html").as_uri())
+    assert page.locator("#verdicts ~ table >> nth=0 >> tr").count() == 51  # fifty claims below the header
+    page.locator("figure img").last.scroll_into_view_if_needed()
+    page.wait_for_function("() => [...document.querySelectorAll('figure img')].at(-1).naturalWidth > 1000")
+    page.screenshot(path=tmp_path / "report.png")
+    assert broken == []
+    page.get_by_role("link", name="09_claims", exact=True).click()
+    assert page.get_by_role("heading", name="09 The ledger").is_visible()
+    assert page.locator(f"{FIGURE} >> visible=true").count() == 1
