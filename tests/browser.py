@@ -13,7 +13,10 @@ from pathlib import Path
 from corey.paths import ROOT
 
 TOKEN = "read-only-on-this-machine"
-EVERY_CELL = '{"windowingMode": "none"}'  # keep cells in the page when they scroll out of sight
+SETTINGS = {  # of JupyterLab: cells stay in the page when they scroll out of sight, and nothing is fetched
+    "notebook-extension/tracker": '{"windowingMode": "none"}',
+    "apputils-extension/notification": '{"fetchNews": "false", "checkForUpdates": false}',
+}
 
 
 def copy_of_the_project(folder: Path) -> Path:
@@ -26,9 +29,10 @@ def copy_of_the_project(folder: Path) -> Path:
 @contextmanager
 def jupyterlab(project: Path, home: Path):
     """Serve the project's notebooks; yields the address. The server and its kernels end with the block."""
-    settings = home / "config" / "lab" / "user-settings" / "@jupyterlab" / "notebook-extension"
-    settings.mkdir(parents=True)
-    (settings / "tracker.jupyterlab-settings").write_text(EVERY_CELL)
+    for name, setting in SETTINGS.items():
+        path = home / "config" / "lab" / "user-settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(setting)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -76,6 +76,6 @@ def test_the_report_opens_with_verdicts_figures_and_a_notebook(lab, tmp_path):
     page.wait_for_function("() => [...document.querySelectorAll('figure img')].at(-1).naturalWidth > 1000")
     page.screenshot(path=tmp_path / "report.png")
     assert broken == []
-    page.get_by_role("link", name="09_claims", exact=True).click()
+    page.get_by_role("cell", name="09_claims", exact=True).get_by_role("link").click()
     assert page.get_by_role("heading", name="09 The ledger").is_visible()
     assert page.locator(f"{FIGURE} >> visible=true").count() == 1
