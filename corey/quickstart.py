@@ -114,6 +114,17 @@ def tour(
     )
 
 
+def tour_rows(seen: Tour, device: str) -> pd.DataFrame:
+    """The numbers of a setting as rows (quantity, chunk_size, value, low, high, device); low and high are quartiles."""
+    latency = seen.latency.set_axis(["chunk_size", "low", "value", "high"], axis=1).assign(quantity="scan_latency_us")
+    single = pd.DataFrame(
+        [("entropy_nats", seen.entropy_nats), ("reset_loop_relative_l2", seen.relative_l2)],
+        columns=["quantity", "value"],
+    ).assign(chunk_size=seen.chunk_size)
+    rows = pd.concat([single, latency], ignore_index=True).assign(device=device)
+    return rows[["quantity", "chunk_size", "value", "low", "high", "device"]]
+
+
 def build_policy(name: str, *, num_bins: int, seed: int = 0) -> Scheduler:
     """One of `POLICIES` over the range of the published routed runs, chunks 128 to 512."""
     if name not in POLICIES:

@@ -32,6 +32,10 @@ def test_a_setting_shows_what_its_parts_say():
     assert -(share[share > 0] * share[share > 0].map(math.log)).sum() == pytest.approx(seen.entropy_nats, abs=1e-4)
     assert seen.latency.chunk_size.tolist() == [128, 256, 512, 1024]
     assert (seen.latency.low_us <= seen.latency.median_us).all() and (seen.latency.median_us > 0).all()
+    rows = quickstart.tour_rows(seen, "cpu").set_index(["quantity", "chunk_size"])
+    assert rows.value["entropy_nats", seen.chunk_size] == seen.entropy_nats
+    assert rows.value["scan_latency_us"].tolist() == seen.latency.median_us.tolist()
+    assert rows.high["scan_latency_us"].tolist() == seen.latency.high_us.tolist()
 
 
 def test_the_published_loop_is_wrong_after_its_first_cut_and_one_call_never():
