@@ -11,7 +11,7 @@ MAKEFLAGS += --warn-undefined-variables --no-builtin-rules
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:# notebooks measure time: one at a time
-.PHONY: help env figures test lab claims reports clean
+.PHONY: help env doctor figures test browser lab claims reports clean
 
 # An active conda environment is used as it is (`base` does not count); otherwise a private .venv is made.
 CONDA_ENV := $(filter-out base,$(shell echo "$${CONDA_DEFAULT_ENV:-}"))
@@ -45,6 +45,9 @@ build/.ready-$(CONDA_ENV): environment.yml pyproject.toml
 	python -c 'import corey, papermill, pandas, seaborn, transformers, lm_eval'
 	@mkdir -p $(@D) && touch $@
 
+doctor: $(READY)## what this machine has, what is broken, what to install
+	@$(BIN)python -m corey.doctor
+
 figures: $(STAMPS)## run the notebooks and draw figures/ (PRESET=, NB=)
 	$(if $(CHOSEN),@echo "figures/ is up to date with PRESET=$(PRESET): $(CHOSEN)",$(error NB: got $(NB), want one of $(ALL)))
 
@@ -55,16 +58,20 @@ build/stamps/$(PRESET)-%: notebooks/%.ipynb notebooks/grids/%.yaml $(CODE) $(REA
 build/stamps/$(PRESET)-09_claims: $(filter-out %-09_claims,$(STAMPS)) data/claims.yaml
 
 test: $(READY)## the test suite
-	$(BIN)python -m pytest -n 2 --dist loadfile
+	$(BIN)python -m pytest -n 2 --dist loadfile -m 'not browser'
 
-lab: $(READY)## JupyterLab on the notebooks
-	$(BIN)jupyter lab --notebook-dir notebooks
+browser: $(READY)## JupyterLab and the report in a headless browser (installs playwright; Chromium must be there)
+	$(BIN)python -m pip install --quiet --constraint constraints.txt $(PIP_ARGS) --editable '.[browser]'
+	$(BIN)python -m pytest -m browser tests/test_browser.py
+
+lab: $(READY)## JupyterLab on the notebooks, the quickstart first
+	$(BIN)jupyter lab --ServerApp.root_dir=notebooks --LabApp.default_url=/lab/tree/00_quickstart.ipynb
 
 claims: $(READY)## the verdict on every claim, from rows
 	@$(BIN)python -m corey.claims
 
-reports: figures## HTML of the executed notebooks, in build/reports
-	$(BIN)jupyter nbconvert --to html --output-dir build/reports $(CHOSEN:%=build/notebooks/%.ipynb)
+reports: figures## one HTML report: verdicts, notebooks, figures, provenance
+	$(BIN)python -m corey.reports
 
 clean:## remove build/ (not .venv, not figures/)
 	rm -rf build

@@ -3,18 +3,24 @@
 Work is split over (batch, group, block of 16 channels) between Python threads that run without the interpreter lock.
 Threads share nothing they write, so calls from several threads are safe and the number of threads never changes a bit.
 Numba's own threading layers are not used: not all are thread-safe, and those built on OpenMP do not survive a fork.
+An edit of the kernel's file is live at the next call, as one of kernels/ is on CUDA.
 """
 
+import hashlib
 import os
+import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
 
 from corey import _cpu_kernel as kernel
-from corey._cpu_kernel import LANES, VECTOR
 
 PACKED_BYTES = 256 * 1024  # float32 B and C of one chunk, shared by a group's channels; sized for a private L2 cache
 TOKEN_MAJOR_CHUNK = 256  # tokens; each is on another page, and few of them are still mapped for the next channels
@@ -27,7 +33,7 @@ def _default_chunk(u, states, tile):
     """What measured fastest: few tokens if they lie apart, else all tiles whose B and C fit PACKED_BYTES."""
     if 0 < u.stride(1) < u.stride(2):
         return TOKEN_MAJOR_CHUNK
-    return tile * max(1, PACKED_BYTES // (2 * -(-states // LANES) * VECTOR) // tile)
+    return tile * max(1, PACKED_BYTES // (2 * -(-states // kernel.LANES) * kernel.VECTOR) // tile)
 
 
 def _describe(tensor, batch=None, group=None, lane=None, row=None):
@@ -62,21 +68,79 @@ def _workers():
 
 def _forget_workers():
     """A forked child has the pool's bookkeeping and none of its threads."""
-    global _pool, _pool_lock
-    _pool, _pool_lock = None, threading.Lock()
+    global _pool, _pool_lock, _reload_lock
+    _pool, _pool_lock, _reload_lock = None, threading.Lock(), threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_workers)
 
 
+# ---- the source, as it is on disk now --------------------------------------------------------------------------------
+
+SOURCE = Path(kernel.__file__)
+_reload_lock = threading.Lock()
+_looked = float("-inf")
+_stamp = None
+
+
+def follow_source():
+    """The kernel that SOURCE holds now; looks every 0.2 s, so that a call pays for a clock and no more.
+
+    A source is compiled once: an edit that is undone costs nothing. Whatever a broken source raises is raised at every
+    call until it is mended.
+    """
+    global kernel, _looked, _stamp
+    now = time.monotonic()
+    if now - _looked <= 0.2:
+        return kernel
+    with _reload_lock:
+        status = SOURCE.stat()
+        stamp = (SOURCE, status.st_mtime_ns, status.st_size)
+        if stamp != _stamp:
+            text = SOURCE.read_bytes()
+            kernel = _version(text)
+            sys.modules[kernel.__name__] = kernel  # where Numba looks up what it keeps on disk
+            _stamp = stamp
+        _looked = now
+        return kernel
+
+
+@contextmanager
+def source_in(folder):
+    """Runs the file of SOURCE's name in another folder, a copy, inside the block."""
+    global SOURCE, _looked
+    kept, SOURCE, _looked = SOURCE, Path(folder) / SOURCE.name, float("-inf")
+    try:
+        yield
+    finally:
+        SOURCE, _looked = kept, float("-inf")
+
+
+def _version(text):
+    digest = hashlib.sha256(text).digest()
+    if digest not in _versions:
+        module = ModuleType(kernel.__name__)
+        module.__file__ = str(SOURCE)
+        exec(compile(text, SOURCE, "exec"), module.__dict__)
+        _versions[digest] = module
+    return _versions[digest]
+
+
+_versions = {hashlib.sha256(SOURCE.read_bytes()).digest(): kernel}
+
+
+# ---- the call --------------------------------------------------------------------------------------------------------
+
+
 def scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, out, state, chunk_size, tile):
     """Fill `out`, and turn `state` from the initial into the last state. Arguments are checked by the caller."""
+    kernel = follow_source()  # one for the whole call, whatever another thread's call finds
     batch, dim, length = u.shape
     states = A.shape[1]
     groups = max([1, *(x.shape[1] for x in (B, C) if x.dim() == 4)])
     channels = dim // groups
-    blocks = batch * groups * -(-channels // LANES)
+    blocks = batch * groups * -(-channels // kernel.LANES)
     if blocks == 0 or length == 0:
         return
     chunk = chunk_size if chunk_size is not None else _default_chunk(u, states, tile)

@@ -279,6 +279,19 @@ _version = 0
 _hashes: dict[str, tuple[tuple, str]] = {}
 
 
+@contextmanager
+def sources_in(folder: Path):
+    """Compiles what lies in another folder, a copy of kernels/, inside the block."""
+    global KERNELS
+    kept, KERNELS = KERNELS, folder
+    clear()
+    try:
+        yield
+    finally:
+        KERNELS = kept
+        clear()
+
+
 def _stamps() -> tuple:
     """Names, times and sizes of all sources."""
     with os.scandir(KERNELS) as entries:

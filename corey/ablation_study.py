@@ -27,6 +27,7 @@ from corey.ablation_policies import (
 from corey.clocks import from_idle
 from corey.mamba import ChunkPolicy, Mamba
 from corey.mamba_session import Session
+from corey.progress import progress
 from corey.schedulers import fit_oracle, static
 
 PRICED = (*ADAPTIVE, "table", "table-always-reads")  # policies whose cost is more than their chunk's
@@ -63,7 +64,7 @@ def measure(
         _timed(each, engine, device, rounds=1, warmup=0, seed=seed + index).assign(
             block="judge", group=group, round=index
         )
-        for index in range(rounds)
+        for index in progress(range(rounds), "rounds")
         for group, each in enumerate(_groups(calls))
     ]
     latency = pd.concat([chosen.assign(block="choose", group=0), *timed], ignore_index=True)

@@ -14,6 +14,7 @@ import torch
 from scipy import stats
 
 from corey._check import bad_type, bad_value
+from corey.progress import progress
 from corey.results import device_name
 
 __all__ = ["capture", "device_name", "equivalent_within", "launch_cost_fit", "paired", "ratio_interval"]
@@ -60,7 +61,7 @@ def paired(
     try:
         rows = [
             (index, order, name, clock(functions[name], scratch))
-            for index in range(rounds)
+            for index in progress(range(rounds), "rounds")
             for order, name in enumerate(shuffle(list(functions), len(functions)))
         ]
     finally:

@@ -162,7 +162,8 @@ def _reference(x, weight, bias, silu, initial_state):
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, bool silu, Tensor? initial_state"
 
-torch.library.define("corey::causal_conv1d", f"({_INPUTS}) -> (Tensor, Tensor)", tags=_TAGS)
+_library = torch.library.Library("corey", "FRAGMENT")  # a reload of this module takes the old registrations with it
+torch.library.define("corey::causal_conv1d", f"({_INPUTS}) -> (Tensor, Tensor)", tags=_TAGS, lib=_library)
 # Returns y, the last state, the entropy in nats of y[..., ::stride] and the chunk; `least` and `least_chunk` as in
 # corey.entropy_chunk.
 torch.library.define(
@@ -170,11 +171,13 @@ torch.library.define(
     f"({_INPUTS}, int num_bins, float lo, float hi, int stride, float[] least, int least_chunk) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
+    lib=_library,
 )
 torch.library.define(
     "corey::causal_conv1d_update",
     "(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu) -> Tensor",
     tags=_TAGS,
+    lib=_library,
 )
 
 
@@ -195,27 +198,27 @@ def _on_cpu(x, weight, bias, silu, initial_state):
     return y.copy_(computed), last_state.copy_(state)
 
 
-torch.library.impl("corey::causal_conv1d", "CPU", _on_cpu)
+torch.library.impl("corey::causal_conv1d", "CPU", _on_cpu, lib=_library)
 
 
-@torch.library.impl("corey::causal_conv1d", "CUDA")
+@torch.library.impl("corey::causal_conv1d", "CUDA", lib=_library)
 def _conv_on_cuda(x, weight, bias, silu, initial_state):
     return _conv_cuda.convolve(x, weight, bias, silu, initial_state, _check, _outputs)
 
 
-@torch.library.register_fake("corey::causal_conv1d")
+@torch.library.register_fake("corey::causal_conv1d", lib=_library)
 def _conv_fake(x, weight, bias, silu, initial_state):
     _check(x, weight, bias, initial_state)
     return _outputs(x, weight)
 
 
-@torch.library.impl("corey::causal_conv1d_entropy", "CPU")
+@torch.library.impl("corey::causal_conv1d_entropy", "CPU", lib=_library)
 def _conv_entropy_cpu(x, weight, bias, silu, initial_state, num_bins, lo, hi, stride, least, least_chunk):
     y, last_state = _on_cpu(x, weight, bias, silu, initial_state)
     return y, last_state, *_statistic(y[..., ::stride], num_bins, lo, hi, least, least_chunk)
 
 
-@torch.library.impl("corey::causal_conv1d_entropy", "CUDA")
+@torch.library.impl("corey::causal_conv1d_entropy", "CUDA", lib=_library)
 def _conv_entropy_cuda(x, weight, bias, silu, initial_state, num_bins, lo, hi, stride, least, least_chunk):
     if x.numel() == 0 or num_bins > _conv_cuda.MAX_BINS:
         y, last_state = _conv_cuda.convolve(x, weight, bias, silu, initial_state, _check, _outputs)
@@ -224,7 +227,7 @@ def _conv_entropy_cuda(x, weight, bias, silu, initial_state, num_bins, lo, hi, s
     return _conv_cuda.convolve(x, weight, bias, silu, initial_state, _check, _outputs, counting)
 
 
-@torch.library.register_fake("corey::causal_conv1d_entropy")
+@torch.library.register_fake("corey::causal_conv1d_entropy", lib=_library)
 def _conv_entropy_fake(x, weight, bias, silu, initial_state, num_bins, lo, hi, stride, least, least_chunk):
     _check(x, weight, bias, initial_state)
     return *_outputs(x, weight), x.new_empty((), dtype=torch.float32), x.new_empty((), dtype=torch.int32)
@@ -236,7 +239,7 @@ def _statistic(y, num_bins, lo, hi, least, least_chunk):
     return entropy, (least_chunk * 2**reached).to(torch.int32)
 
 
-@torch.library.impl("corey::causal_conv1d_update", "CPU")
+@torch.library.impl("corey::causal_conv1d_update", "CPU", lib=_library)
 def _update_cpu(x, conv_state, weight, bias, silu):
     _check_update(x, conv_state, weight, bias)
     width = weight.shape[1]
@@ -246,12 +249,12 @@ def _update_cpu(x, conv_state, weight, bias, silu):
     return _reference(recent[..., -1:], weight, bias, silu, recent[..., :-1])[0][..., 0].contiguous()
 
 
-@torch.library.impl("corey::causal_conv1d_update", "CUDA")
+@torch.library.impl("corey::causal_conv1d_update", "CUDA", lib=_library)
 def _update_cuda(x, conv_state, weight, bias, silu):
     return _conv_cuda.update(x, conv_state, weight, bias, silu, _check_update)
 
 
-@torch.library.register_fake("corey::causal_conv1d_update")
+@torch.library.register_fake("corey::causal_conv1d_update", lib=_library)
 def _update_fake(x, conv_state, weight, bias, silu):
     _check_update(x, conv_state, weight, bias)
     return x.new_empty(x.shape)
@@ -268,7 +271,7 @@ def _no_backward(ctx, *gradients):
 
 
 for _name in ("causal_conv1d", "causal_conv1d_entropy"):
-    torch.library.register_autograd(f"corey::{_name}", _no_backward, setup_context=_refuse_backward)
+    torch.library.register_autograd(f"corey::{_name}", _no_backward, setup_context=_refuse_backward, lib=_library)
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------

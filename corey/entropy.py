@@ -73,15 +73,18 @@ def entropy_chunk(
 
 # ---- the registered operators ----------------------------------------------------------------------------------------
 
+_library = torch.library.Library("corey", "FRAGMENT")  # a reload of this module takes the old registrations with it
 torch.library.define(
     "corey::histogram_entropy",
     "(Tensor x, int num_bins, float[]? range, float log_base, int[] pooled) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
+    lib=_library,
 )
 torch.library.define(
     "corey::entropy_chunk",
     "(Tensor x, int num_bins, float[]? range, float[] least, int least_chunk) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
+    lib=_library,
 )
 
 
@@ -115,7 +118,7 @@ def _entropy_chunk(
     return chunk
 
 
-@torch.library.impl("corey::histogram_entropy", "CUDA")
+@torch.library.impl("corey::histogram_entropy", "CUDA", lib=_library)
 def _histogram_entropy_cuda(
     x: Tensor, num_bins: int, bounds: list[float] | None, log_base: float, pooled: list[int]
 ) -> Tensor:
@@ -126,7 +129,7 @@ def _histogram_entropy_cuda(
     return _entropy_cuda.entropy(x, num_bins, bounds and tuple(bounds), log_base, tuple(pooled))
 
 
-@torch.library.impl("corey::entropy_chunk", "CUDA")
+@torch.library.impl("corey::entropy_chunk", "CUDA", lib=_library)
 def _entropy_chunk_cuda(
     x: Tensor, num_bins: int, bounds: list[float] | None, least: list[float], least_chunk: int
 ) -> Tensor:
@@ -138,16 +141,16 @@ def _entropy_chunk_cuda(
 
 
 # Called, not used as decorators: those leave None in place of the function.
-torch.library.impl("corey::histogram_entropy", "default", _histogram_entropy)
-torch.library.impl("corey::entropy_chunk", "default", _entropy_chunk)
+torch.library.impl("corey::histogram_entropy", "default", _histogram_entropy, lib=_library)
+torch.library.impl("corey::entropy_chunk", "default", _entropy_chunk, lib=_library)
 
 
-@torch.library.register_fake("corey::histogram_entropy")
+@torch.library.register_fake("corey::histogram_entropy", lib=_library)
 def _histogram_entropy_fake(x, num_bins, bounds, log_base, pooled):
     return x.new_empty([size for d, size in enumerate(x.shape) if d not in pooled], dtype=torch.float32)
 
 
-@torch.library.register_fake("corey::entropy_chunk")
+@torch.library.register_fake("corey::entropy_chunk", lib=_library)
 def _entropy_chunk_fake(x, num_bins, bounds, least, least_chunk):
     return x.new_empty((), dtype=torch.int32)
 

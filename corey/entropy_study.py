@@ -12,6 +12,7 @@ from corey.activations import capture_activations
 from corey.entropy import histogram_entropy
 from corey.equivalence import mean_interval
 from corey.longbench import TASKS, load_rows, published
+from corey.progress import progress
 from corey.routing import route
 from corey.schedulers import PUBLISHED_RANGES, ChunkRule
 
@@ -101,9 +102,10 @@ def prompt_rows(
     Columns: task, prompt, signal ("embedding" or "scan input"), layer (-1 for the embedding), tokens, whole,
     entropy_nats, entropy_bits, and for every published range chunk_<range>.
     """
+    found = prompts(tokenizer, source, rows_per_task=rows_per_task, max_tokens=max_tokens)
     return pd.DataFrame(
         row
-        for task, index, ids in prompts(tokenizer, source, rows_per_task=rows_per_task, max_tokens=max_tokens)
+        for task, index, ids in progress(found, "prompts", total=len(TASKS) * rows_per_task)
         for row in _prompt_rows(model, task, index, ids.to(device), prefixes)
     )
 

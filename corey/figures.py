@@ -11,8 +11,10 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import seaborn
+from IPython import get_ipython
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 from tueplots import bundles
 
 from corey import paths
@@ -55,6 +57,8 @@ STYLE = {
 def use_style() -> None:
     """Make tueplots' NeurIPS 2024 sizes with this project's choices the style of every figure drawn from now on."""
     plt.rcParams.update(bundles.neurips2024(usetex=False) | STYLE)
+    if get_ipython() is not None:
+        set_matplotlib_formats("retina", bbox_inches=None)  # in a notebook the size that is saved, sharp on any screen
 
 
 def save(fig: Figure, stem: str) -> list[Path]:
@@ -76,6 +80,11 @@ def save(fig: Figure, stem: str) -> list[Path]:
     return [
         write_atomically(paths.FIGURES / f"{stem}.{kind}", content) for kind, content in (("pdf", pdf), ("png", png))
     ]
+
+
+def drawn() -> list[Path]:
+    """The PNGs in figures/, sorted; each has its PDF beside it."""
+    return sorted(paths.FIGURES.glob("*.png"))
 
 
 def interval(

@@ -37,7 +37,10 @@ def hadamard_transform(x: Tensor) -> Tensor:
 
 # ---- the registered operator -----------------------------------------------------------------------------------------
 
-torch.library.define("corey::hadamard_transform", "(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library = torch.library.Library("corey", "FRAGMENT")  # a reload of this module takes the old registrations with it
+torch.library.define(
+    "corey::hadamard_transform", "(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,), lib=_library
+)
 
 
 def _transform(x: Tensor) -> Tensor:
@@ -54,10 +57,11 @@ def _transform(x: Tensor) -> Tensor:
     return (z.reshape(padded.shape) / math.sqrt(width)).to(x.dtype).contiguous()
 
 
-torch.library.impl("corey::hadamard_transform", "default", _transform)  # as a decorator it leaves None behind
+# As a decorator it leaves None behind.
+torch.library.impl("corey::hadamard_transform", "default", _transform, lib=_library)
 
 
-@torch.library.impl("corey::hadamard_transform", "CUDA")
+@torch.library.impl("corey::hadamard_transform", "CUDA", lib=_library)
 def _transform_cuda(x: Tensor) -> Tensor:
     from corey import _hadamard_cuda  # `import corey` must not need CUDA
 
@@ -65,7 +69,7 @@ def _transform_cuda(x: Tensor) -> Tensor:
     return _hadamard_cuda.transform(x, width) if _hadamard_cuda.covers(x, width) else _transform(x)
 
 
-@torch.library.register_fake("corey::hadamard_transform")
+@torch.library.register_fake("corey::hadamard_transform", lib=_library)
 def _transform_fake(x: Tensor) -> Tensor:
     n = int(x.shape[-1])  # a compiled graph is for one n: d is a step function of it
     return x.new_empty((*x.shape[:-1], n + _padding(n)))
@@ -79,7 +83,9 @@ def _transform_backward(ctx, gradient: Tensor) -> Tensor:
     return torch.ops.corey.hadamard_transform(gradient)[..., : ctx.n]
 
 
-torch.library.register_autograd("corey::hadamard_transform", _transform_backward, setup_context=_remember_width)
+torch.library.register_autograd(
+    "corey::hadamard_transform", _transform_backward, setup_context=_remember_width, lib=_library
+)
 
 
 def fold_into_projection(weight: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from corey.cost_model import published_draws
 from corey.entropy import MovingEntropy, histogram_entropy, tier1_entropy
 from corey.equivalence import sequence_nll
 from corey.hadamard import faulty_transform_ref, fold_into_projection, hadamard_transform, outlier_fraction
+from corey.progress import progress
 from corey.quantise import quantised, relative_error
 from corey.routing import route
 from corey.sinkhorn import (
@@ -90,7 +91,7 @@ def activation_rows(model: torch.nn.Module, prompts: Iterable[tuple[str, int, Te
     """
     return pd.DataFrame(
         {"task": task, "prompt": f"{task}-{index}", "layer": layer, "signal": signal} | row
-        for task, index, ids in prompts
+        for task, index, ids in progress(prompts, "prompts")
         for layer, signal, x in captured_signals(model, ids.to(device))
         for row in _activation_rows(x)
     )
@@ -161,7 +162,7 @@ def quantisation_rows(
     """
     return pd.DataFrame(
         {"task": task, "prompt": f"{task}-{index}"} | row
-        for task, index, ids in prompts
+        for task, index, ids in progress(prompts, "prompts")
         for row in _quantisation_rows(model, ids.to(device), settings)
     )
 

@@ -50,14 +50,16 @@ def add_rms_norm_ref(x: Tensor, residual: Tensor | None, weight: Tensor, eps: fl
 
 # ---- the registered operator -----------------------------------------------------------------------------------------
 
+_library = torch.library.Library("corey", "FRAGMENT")  # a reload of this module takes the old registrations with it
 torch.library.define(
     "corey::add_rms_norm",
     "(Tensor x, Tensor? residual, Tensor weight, float eps) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
+    lib=_library,
 )
 
 
-@torch.library.impl("corey::add_rms_norm", "CPU")
+@torch.library.impl("corey::add_rms_norm", "CPU", lib=_library)
 def _norm_cpu(x, residual, weight, eps):
     _check(x, residual, weight)
     y, h = add_rms_norm_ref(x, residual, weight, eps)
@@ -66,14 +68,14 @@ def _norm_cpu(x, residual, weight, eps):
     return y.contiguous(), h.contiguous()
 
 
-@torch.library.impl("corey::add_rms_norm", "CUDA")
+@torch.library.impl("corey::add_rms_norm", "CUDA", lib=_library)
 def _norm_cuda(x, residual, weight, eps):
     from corey import _norm_cuda
 
     return _norm_cuda.norm(x, residual, weight, eps, _check)
 
 
-@torch.library.register_fake("corey::add_rms_norm")
+@torch.library.register_fake("corey::add_rms_norm", lib=_library)
 def _norm_fake(x, residual, weight, eps):
     _check(x, residual, weight)
     return x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.float32)

@@ -25,6 +25,7 @@ from corey.ablation_policies import OPERATOR, build_policies
 from corey.clocks import from_idle
 from corey.mamba import Mamba
 from corey.mamba_session import MOST_GRAPHS, Session
+from corey.progress import progress
 from corey.regimes import Regime
 from corey.scan import TILE
 from corey.schedulers import Scheduler
@@ -97,7 +98,10 @@ def measure_regimes(
         raise bad_value("rounds", f"{len(rounds)} numbers", f"one for each of {len(regimes)} regimes")
     if len({regime.kind for regime in regimes}) < len(regimes):
         raise bad_value("regimes", [regime.kind for regime in regimes], "every kind once")
-    tables = [measure_regime(model, regime, rules, rounds=n, seed=seed) for regime, n in zip(regimes, rounds)]
+    tables = [
+        measure_regime(model, regime, rules, rounds=n, seed=seed)
+        for regime, n in progress(zip(regimes, rounds), "regimes", total=len(regimes))
+    ]
     latency, choices = (pd.concat(each, ignore_index=True) for each in zip(*tables))
     return latency, choices
 

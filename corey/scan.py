@@ -81,12 +81,14 @@ def selective_scan(
 
 # ---- the registered operator -----------------------------------------------------------------------------------------
 
+_library = torch.library.Library("corey", "FRAGMENT")  # a reload of this module takes the old registrations with it
 torch.library.define(
     "corey::selective_scan",
     "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
     "bool delta_softplus, Tensor? initial_state, SymInt? chunk_size, Tensor? device_chunk=None) -> (Tensor, Tensor)",
     # The layout of y follows the layout of u, so a compiler must not change the latter.
     tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag),
+    lib=_library,
 )
 
 
@@ -107,7 +109,7 @@ def _check(u, delta, A, B, C, D, z, delta_bias, initial_state, chunk_size, devic
             check_chunk_size(chunk, multiple_of=TILE, device=u.device)
 
 
-@torch.library.impl("corey::selective_scan", "CPU")
+@torch.library.impl("corey::selective_scan", "CPU", lib=_library)
 def _scan_cpu(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk_size, device_chunk=None):
     from corey import _cpu  # Numba takes a second to import; `import corey` must not pay for it
 
@@ -118,13 +120,13 @@ def _scan_cpu(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state
     return y, state
 
 
-@torch.library.impl("corey::selective_scan", "CUDA")
+@torch.library.impl("corey::selective_scan", "CUDA", lib=_library)
 def _scan_on_cuda(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk_size, device_chunk=None):
     chunk = chunk_size if device_chunk is None else device_chunk
     return _scan_cuda.scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk, _outputs)
 
 
-@torch.library.register_fake("corey::selective_scan")
+@torch.library.register_fake("corey::selective_scan", lib=_library)
 def _scan_fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, chunk_size, device_chunk=None):
     _check(u, delta, A, B, C, D, z, delta_bias, initial_state, chunk_size, device_chunk)
     return _outputs(u, A)
@@ -140,7 +142,7 @@ def _no_backward(ctx, *gradients):
     raise RuntimeError("selective_scan has no backward in this version")
 
 
-torch.library.register_autograd("corey::selective_scan", _no_backward, setup_context=_refuse_backward)
+torch.library.register_autograd("corey::selective_scan", _no_backward, setup_context=_refuse_backward, lib=_library)
 
 
 # ---- references ------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from corey._check import bad_value
 from corey.clocks import median_interval
 from corey.cold_calls import cold_calls, input_sets
 from corey.cold_timing import time_calls
+from corey.progress import progress
 from corey.scan import TILE, selective_scan
 
 TIE = 0.02  # a chunk is as good as the fastest unless it is slower by more than this, beyond doubt
@@ -62,15 +63,15 @@ def shape_rows(
     high_us; ratio over the fastest given chunk with low, high and n; tied, whether the chunk is within TIE of it.
     """
     found = []
-    for batch, d_inner in map(parse_width, widths):
-        for seqlen in seqlens:
-            inputs = layer_inputs(batch, d_inner, seqlen, d_state, seed=seed, dtype=dtype, device=device)
-            sizes = [*sorted(size for size in chunk_sizes if size < seqlen), -(-seqlen // TILE) * TILE, None]
-            sets = input_sets(inputs)
-            calls = {str(size): cold_calls(partial(_scan, chunk_size=size), sets) for size in sizes}
-            timed = time_calls(calls, rounds=rounds, seed=seed, device=device)
-            shape = {"batch": batch, "d_inner": d_inner, "seqlen": seqlen}
-            found += [shape | row for row in chunk_table(timed, sizes)]
+    shapes = [(*parse_width(width), seqlen) for width in widths for seqlen in seqlens]
+    for batch, d_inner, seqlen in progress(shapes, "shapes"):
+        inputs = layer_inputs(batch, d_inner, seqlen, d_state, seed=seed, dtype=dtype, device=device)
+        sizes = [*sorted(size for size in chunk_sizes if size < seqlen), -(-seqlen // TILE) * TILE, None]
+        sets = input_sets(inputs)
+        calls = {str(size): cold_calls(partial(_scan, chunk_size=size), sets) for size in sizes}
+        timed = time_calls(calls, rounds=rounds, seed=seed, device=device)
+        shape = {"batch": batch, "d_inner": d_inner, "seqlen": seqlen}
+        found += [shape | row for row in chunk_table(timed, sizes)]
     return pd.DataFrame(found).astype({"chunk_size": "Int64"})
 
 

@@ -84,15 +84,17 @@ def _of_channels(projection, dim):
 
 # ---- the registered operator -----------------------------------------------------------------------------------------
 
+_library = torch.library.Library("corey", "FRAGMENT")  # a reload of this module takes the old registrations with it
 torch.library.define(
     "corey::selective_state_update",
     "(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
     "bool dt_softplus) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
+    lib=_library,
 )
 
 
-@torch.library.impl("corey::selective_state_update", "CPU")
+@torch.library.impl("corey::selective_state_update", "CPU", lib=_library)
 def _update_cpu(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     _check(state, x, dt, A, B, C, D, z, dt_bias)
     y, new_state = _reference(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
@@ -100,12 +102,12 @@ def _update_cpu(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     return y.contiguous()
 
 
-@torch.library.impl("corey::selective_state_update", "CUDA")
+@torch.library.impl("corey::selective_state_update", "CUDA", lib=_library)
 def _update_cuda(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     return _state_update_cuda.update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, _check)
 
 
-@torch.library.register_fake("corey::selective_state_update")
+@torch.library.register_fake("corey::selective_state_update", lib=_library)
 def _update_fake(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
     _check(state, x, dt, A, B, C, D, z, dt_bias)
     return x.new_empty(x.shape)

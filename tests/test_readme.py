@@ -48,3 +48,9 @@ def test_the_five_lines_of_the_scan_run():
     exec(code, names)
     assert names["y"].shape == (1, 1024, 4096)
     assert names["state"].shape == (1, 1024, 16)
+
+
+def test_the_edit_of_a_kernel_runs(capsys):
+    code = next(each for each in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "live.edit" in each)
+    exec(code, {})
+    assert float(re.search(r"tensor\((.*)\)", capsys.readouterr().out).group(1)) > 1
