@@ -167,7 +167,7 @@ def test_the_command_line_merges_preset_file_and_settings(project, monkeypatch):
     (paths.GRIDS / "03_try.yaml").write_text("laptop: {seed: 1, rate: 0.1, fast: true}\npaper: {seed: 2}\n")
     (project / "more.yaml").write_text("rate: 0.2\nfast: false\n")
     seen = []
-    monkeypatch.setattr(run, "_execute", lambda notebook, scratch, parameters: seen.append(parameters))
+    monkeypatch.setattr(run, "_execute", lambda notebook, scratch, parameters, cell_timeout_s: seen.append(parameters))
     arguments = [
         "03_try",
         "--preset",
