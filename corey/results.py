@@ -6,8 +6,6 @@ Live sets are in build/results, committed ones in data/results; `python -m corey
 """
 
 import argparse
-import hashlib
-import importlib.metadata
 import io
 import json
 import math
@@ -29,9 +27,9 @@ import torch
 from corey import paths
 from corey._check import bad_type, bad_value
 from corey._files import parse_json, read_limited, write_atomically
+from corey._sources import sha256, source_hashes, versions
 
 CODE_PATHS = ("corey", "kernels", "notebooks")  # what can change a number; README edits do not make rows dirty
-PACKAGES = ("torch", "numpy", "pandas", "numba", "scipy", "transformers", "lm-eval", "mamba-ssm", "cuda-core", "corey")
 PROVENANCE = {  # what every record must hold; a set whose record lacks any of it is refused
     "": (
         "time_utc",
@@ -46,9 +44,9 @@ PROVENANCE = {  # what every record must hold; a set whose record lacks any of i
         "columns",
         "sha256",
     ),
-    "code": ("commit", "dirty", "corey_sha256", "kernels_sha256"),
-    "versions": ("python", "torch", "corey"),
-    "machine": ("platform", "cpu", "cores", "gpu"),
+    "code": "commit dirty corey_sha256 kernels_sha256".split(),
+    "versions": "python torch corey".split(),
+    "machine": "platform cpu cores gpu".split(),
 }
 EVIDENCE_COLUMNS = ("claim", "quantity", "value", "low", "high", "n", "device")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
@@ -68,7 +66,7 @@ def write_rows(rows, name: str, *, parameters: Mapping, notebook: str | None = N
     table = _tidy(rows)
     record = provenance(parameters, notebook=notebook)
     content = table.to_csv(index=False, lineterminator="\n").encode()
-    record |= {"name": name, "rows": len(table), "columns": list(table.columns), "sha256": _sha256(content)}
+    record |= {"name": name, "rows": len(table), "columns": list(table.columns), "sha256": sha256(content)}
     return _store(paths.LIVE_RESULTS, name, content, record)
 
 
@@ -151,7 +149,7 @@ def gather(runs: Mapping[str, tuple[Path, Mapping]], name: str, folder: Path, *,
     table = _tidy(pd.concat(tables, ignore_index=True))
     content = table.to_csv(index=False, lineterminator="\n").encode()
     record = provenance(parameters, notebook=notebook) | {"name": f"{name}_grid", "rows": len(table)}
-    record |= {"columns": list(table.columns), "sha256": _sha256(content), "runs": records}
+    record |= {"columns": list(table.columns), "sha256": sha256(content), "runs": records}
     return _store(folder, f"{name}_grid", content, record)
 
 
@@ -202,7 +200,7 @@ def provenance(parameters: Mapping, *, notebook: str | None = None) -> dict:
     return {
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "code": git_state() | source_hashes(notebook),
-        "versions": {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES},
+        "versions": versions(),
         "machine": {"platform": platform.platform(), "cpu": cpu_model(), "cores": os.cpu_count(), "gpu": _gpus()},
         "notebook": notebook,
         "seeds": {key: value for key, value in parameters.items() if "seed" in key},
@@ -229,18 +227,6 @@ def git_state() -> dict:
     return {"commit": found[1], "dirty": found[2] is not None, "commit_from_environment": True}
 
 
-def source_hashes(notebook: str | None = None) -> dict:
-    """SHA-256 of the module, of the kernels and of one notebook's cells (sources only, so outputs do not count)."""
-    hashes = {
-        "corey_sha256": _hash_files(sorted((paths.ROOT / "corey").rglob("*.py"))),
-        "kernels_sha256": _hash_files(sorted(paths.KERNELS.glob("*.cu*"))),
-    }
-    if notebook is not None:
-        cells = json.loads((paths.NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
-        hashes["notebook_sha256"] = _sha256("\0".join("".join(cell["source"]) for cell in cells).encode())
-    return hashes
-
-
 def _store(folder: Path, name: str, content: bytes, record: dict) -> Path:
     path = write_atomically(folder / f"{name}.csv", content)
     write_atomically(
@@ -256,7 +242,7 @@ def _read_one(name: str, source: str) -> pd.DataFrame:
 def _read_set(folder: Path, name: str) -> tuple[pd.DataFrame, dict, bytes]:
     path = folder / f"{name}.csv"
     record, content = _read_record(path.with_suffix(".json")), read_limited(path)
-    if _sha256(content) != record["sha256"]:
+    if sha256(content) != record["sha256"]:
         raise ValueError(f"{path} differs from the checksum in {path.stem}.json: the rows were edited or half written")
     table = pd.read_csv(io.BytesIO(content), keep_default_na=False, na_values=[""])
     _check_devices(table["device"], path)
@@ -371,21 +357,6 @@ def _gpus() -> list[dict]:
         }
         for gpu in properties
     ]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _hash_files(files: list[Path]) -> str:
-    return _sha256("\n".join(f"{file.relative_to(paths.ROOT)} {_sha256(file.read_bytes())}" for file in files).encode())
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def main(arguments: list[str] | None = None) -> int:

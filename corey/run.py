@@ -293,9 +293,10 @@ def _keep_partial(scratch: Path, out: Path, error: BaseException) -> Path:
     return _failed(out)
 
 
-def _end_with(stream) -> None:
-    """Wait for the end of `stream`, then end this process as SIGTERM does."""
-    stream.read()
+def _end_with_input() -> None:
+    """Wait for the end of standard input, then end this process as SIGTERM does."""
+    while os.read(0, 1):  # not sys.stdin, whose lock a waiting thread would hold while the interpreter shuts down
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -326,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tied", action="store_true", help="end when standard input does, so with whoever started it")
     options = parser.parse_args(arguments)
     if options.tied:
-        threading.Thread(target=_end_with, args=[sys.stdin.buffer], daemon=True).start()
+        threading.Thread(target=_end_with_input, daemon=True).start()
     logging.basicConfig(level=logging.INFO if not sys.stdout.isatty() else logging.WARNING, format="%(message)s")
     try:
         done = run_notebook(options.name, _collect(options), out=options.out, cell_timeout_s=options.cell_timeout)

@@ -1,0 +1,57 @@
+"""`python -m corey.faults [injected] [kills] [hostile]`: all three by default; rows in build/results, exit code 1 if any failed."""
+
+import argparse
+import sys
+
+from corey import results
+from corey.faults.hostile import try_all
+from corey.faults.injected import FAULTS
+from corey.faults.kills import KillPoints
+
+SEED = 7
+
+
+def injected(times: int) -> bool:
+    rows = []
+    for name, fault in FAULTS.items():
+        print(f"{name} ...", flush=True)
+        rows += fault(times)
+        print(f"  {rows[-1]['as_wanted']} of {rows[-1]['times']} as wanted", flush=True)
+    results.write_rows([{**row, "device": "cpu"} for row in rows], "faults", parameters={"times": times})
+    return all(row["as_wanted"] == row["times"] for row in rows)
+
+
+def kills(wanted: int) -> bool:
+    table = KillPoints(SEED).make(wanted)
+    results.write_rows(table.assign(device="cpu"), "faults_kills", parameters={"kills": wanted, "seed": SEED})
+    print(table.to_string(index=False))
+    return not table[["torn", "lost", "run_twice", "beyond"]].sum().sum()
+
+
+def hostile() -> bool:
+    table = try_all()
+    results.write_rows(table.assign(device="cpu"), "faults_hostile", parameters={})
+    print(f"{len(table)} hostile inputs, {table.succeeded.sum()} succeeded")
+    return not table.succeeded.any()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m corey.faults", description="Inject faults into the batch runner.")
+    parts = ("hostile", "injected", "kills")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(parts)}; all by default")
+    parser.add_argument("--times", type=int, default=5, help="of each fault")
+    parser.add_argument("--kills", type=int, default=200, help="random kill points")
+    options = parser.parse_args(arguments)
+    if set(options.parts) - set(parts):
+        parser.error(f"PART: got {' '.join(options.parts)}, want some of {', '.join(parts)}")
+    chosen = options.parts or parts
+    good = {
+        "hostile": lambda: hostile(),
+        "injected": lambda: injected(options.times),
+        "kills": lambda: kills(options.kills),
+    }
+    return 0 if all([good[part]() for part in parts if part in chosen]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Random kill points: SIGKILL, at random times, of whatever a grid consists of, until every run is done.
+
+After every kill the folders on disk are compared with the journal of what really began and ended.
+"""
+
+import random
+import time
+from collections import Counter
+
+import pandas as pd
+
+from corey.faults.project import Project, kill, project
+from corey.run_folder import RunFolder
+
+TARGETS = {"kernel": 4, "run": 4, "worker": 2, "runner": 1}  # what is killed, and how often in proportion
+RUNS = 12  # of a grid
+LONGEST_PAUSE_S = 6.0  # between two kills
+
+
+class KillPoints:
+    """Kills over as many grids as they take, and what was found torn, lost or run twice.
+
+    torn: a status that cannot be read, or a done run whose files do not match it; lost: a run that was done and is not
+    any more; run_twice: a run that began again after it was done, or while another ran on its device; begun_again:
+    beginnings of runs that had begun before; beyond: those of them that no kill during the run accounts for.
+    """
+
+    def __init__(self, seed: int):
+        self.chance = random.Random(seed)
+        self.kills, self.in_flight, self.found = Counter(), Counter(), Counter()
+
+    def make(self, wanted: int) -> pd.DataFrame:
+        """At least `wanted` kills; one row a target, and one for all of them."""
+        while self.kills.total() < wanted:
+            with project() as tiny:
+                tiny.set_grid(["none"], RUNS)
+                self._one_grid(tiny, wanted)
+            self.found["grids"] += 1
+            print(f"{self.kills.total()} kills over {self.found['grids']} grids: {dict(self.found)}", flush=True)
+        rows = [{"target": each, "kills": self.kills[each], "in_flight": self.in_flight[each]} for each in TARGETS]
+        totals = {"kills": self.kills.total(), "in_flight": self.in_flight.total()}
+        problems = {each: self.found[each] for each in ("grids", "torn", "lost", "run_twice", "begun_again", "beyond")}
+        return pd.DataFrame([*rows, {"target": "all", **totals, **problems}])
+
+    def _one_grid(self, tiny: Project, wanted: int) -> None:
+        done: dict[int, int] = {}  # runs that are done, with how often they had begun by then
+        hit: Counter = Counter()  # kills while a run was under way
+        runner = tiny.start()
+        while len(done) < RUNS:
+            time.sleep(self.chance.uniform(0.1, LONGEST_PAUSE_S))
+            if runner.poll() is not None:
+                runner = tiny.start()
+            elif self.kills.total() < wanted:
+                hit.update(self._kill_one(tiny, runner))
+            done = self._look(tiny, done)
+        if runner.wait(120) != 0:
+            assert tiny.run() == 0, "a grid whose runs are all done must say so"
+        self._look(tiny, done)
+        begun = Counter(event["repeat"] for event in tiny.events() if event["event"] == "begin")
+        self.found["begun_again"] += sum(times - 1 for times in begun.values())
+        self.found["beyond"] += sum(max(0, times - 1 - hit[repeat]) for repeat, times in begun.items())
+        self.found["run_twice"] += overlaps(tiny.events())
+
+    def _kill_one(self, tiny: Project, runner) -> set[int]:
+        """Kill one process of a kind drawn by chance, if there is one now; the runs that were under way then."""
+        target = self.chance.choices(list(TARGETS), list(TARGETS.values()))[0]
+        open_before = {each["parameters"]["repeat"] for each in self._statuses(tiny) if each["state"] == "running"}
+        found = [runner] if target == "runner" else tiny.processes(target)
+        if not found or not kill(self.chance.choice(found)):
+            return set()
+        under_way = open_before & {event["repeat"] for event in tiny.events()}
+        self.kills[target] += 1
+        self.in_flight[target] += len(under_way)
+        return under_way
+
+    def _look(self, tiny: Project, before: dict[int, int]) -> dict[int, int]:
+        """Compare what is done now with what was done before."""
+        now = {}
+        for status in self._statuses(tiny):
+            repeat = status["parameters"]["repeat"]
+            if status["state"] == "done":
+                now[repeat] = before.get(repeat, tiny.begun(repeat))
+                self.found["torn"] += not RunFolder(tiny.root(), status["run"], status["parameters"], {}).done()
+        self.found["lost"] += sum(repeat not in now for repeat in before)
+        self.found["run_twice"] += sum(tiny.begun(repeat) > times for repeat, times in before.items())
+        return now
+
+    def _statuses(self, tiny: Project) -> list[dict]:
+        try:
+            return tiny.statuses()
+        except ValueError:
+            self.found["torn"] += 1
+            return []
+
+
+def overlaps(events: list[dict]) -> int:
+    """Beginnings and ends on a device that come from a process after a later one had begun there."""
+    holder: dict[str, int] = {}
+    wrong = 0
+    for event in events:
+        if event["event"] == "begin":
+            holder[event["device"]] = event["pid"]
+        else:
+            wrong += holder.get(event["device"]) != event["pid"]
+    return wrong
