@@ -12,7 +12,6 @@ import dataclasses
 import fcntl
 import logging
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -27,7 +26,7 @@ from distributed import Client, Nanny, Scheduler, SpecCluster, as_completed
 from corey import devices, paths
 from corey._check import bad_value
 from corey.grid_points import expand, identity, surroundings
-from corey.grid_worker import TOPIC, join, nanny_options, run_task
+from corey.grid_worker import TOPIC, check_address, join, nanny_options, run_task
 from corey.run_folder import RunFolder
 from corey.supervisor import GRACE_S, Outcome, Task, stop
 
@@ -72,10 +71,12 @@ def run_grid(
     for argument, value in (("cell_timeout_s", cell_timeout_s), ("run_timeout_s", run_timeout_s)):
         if not isinstance(value, int) or value <= 0:
             raise bad_value(argument, repr(value), "a positive number of whole seconds")
-    if scheduler and not re.fullmatch(r"(tcp|tls)://[\w.:\[\]-]+:\d+", scheduler):
-        raise bad_value("scheduler", repr(scheduler), "an address such as tcp://head:8786")
+    if scheduler:
+        check_address(scheduler)
     found = None if scheduler else devices.visible(wanted)
     points = expand(name, section)
+    if found and found[0].startswith("cpu:") and any(each.get("device") == "cuda" for each, _ in points):
+        raise bad_value("devices", ", ".join(found), f"GPUs, for runs of {name} with device = cuda")
     around = surroundings(name)
     root = paths.BUILD / "grid" / name
     root.mkdir(parents=True, exist_ok=True)
@@ -123,6 +124,9 @@ class _Collector:
             late = [future for future in futures if future not in waiting]
             with contextlib.suppress(TimeoutError):
                 self._take(as_completed(late, timeout=GRACE_S + 5), futures)
+            for task in futures.values():
+                if task.run in self.began:
+                    self.folders[task.run].mark("killed", reason="the runner was stopped; no word from the run's box")
             raise
 
     def _take(self, coming: as_completed, futures: Mapping) -> None:

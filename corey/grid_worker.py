@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import re
 
 from distributed import Nanny, get_worker
 
@@ -36,8 +37,16 @@ def nanny_options(device: str) -> dict:
     return place | {"nthreads": 1, "memory_limit": 0, "silence_logs": logging.ERROR}
 
 
+def check_address(address: str) -> str:
+    """The address of a scheduler; ValueError for what is none."""
+    if not isinstance(address, str) or not re.fullmatch(r"(tcp|tls)://[\w.:\[\]-]+:\d+", address):
+        raise bad_value("scheduler", repr(address), "an address such as tcp://head:8786")
+    return address
+
+
 def join(address: str, wanted: str = "") -> None:
     """Serve a scheduler with one worker for each device of this box until it goes away."""
+    check_address(address)
     asyncio.run(_serve(address, devices.visible(wanted)))
 
 

@@ -15,6 +15,7 @@ import keyword
 import logging
 import os
 import re
+import reprlib
 import signal
 import sys
 import tempfile
@@ -177,7 +178,7 @@ def check_parameters(notebook: nbformat.NotebookNode, parameters: Mapping) -> di
         if name not in known:
             raise bad_value("parameter", repr(name), f"one of {', '.join(known) or '(this notebook has none)'}")
         if not _has_type(value, known[name]):
-            raise bad_type(f"parameter {name}", value, f"{known[name]} (value {value!r})")
+            raise bad_type(f"parameter {name}", value, f"{known[name]} (value {reprlib.repr(value)})")
     return dict(parameters)
 
 

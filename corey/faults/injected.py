@@ -1,5 +1,6 @@
 """The faults, each injected several times, with what the runner reported and kept."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -210,11 +211,11 @@ def box_lost(times: int) -> list[dict]:
         _, address = start_scheduler(tiny)
         start_box(tiny, address, "cpu")
         for attempt in range(times):
-            journal = tiny.journal.read_text() if tiny.journal.exists() else ""
+            before = len(tiny.events())
             tiny.set_grid(["none"], 3 + attempt, work_s=3 + attempt / 100)
             box = start_box(tiny, address, "cpu,cpu", scratch=tiny.folder / f"box{attempt}")
             runner = tiny.start("--scheduler", address)
-            wait_for(lambda journal=journal: len(tiny.journal.read_text()) > len(journal) + 300)
+            wait_for(lambda before=before: len(tiny.events()) >= before + 3)
             _kill_box(tiny, box, tiny.folder / f"box{attempt}")
             good += runner.wait(300) == 0 and set(tiny.states("none")) == {"done"}
     return [_row("box lost", "kill -9 of all its processes", times, good, "done, on another box", "what had ended")]
@@ -225,9 +226,8 @@ def start_scheduler(tiny: Project) -> tuple[subprocess.Popen, str]:
     told = tiny.folder / "scheduler.json"
     command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0"]
     process = tiny.start(command=[*command, "--no-dashboard", "--scheduler-file", str(told)])
-    wait_for(told.exists)
-    found = [line for line in told.read_text().splitlines() if '"address"' in line]
-    return process, found[0].split('"')[3]
+    wait_for(lambda: told.exists() and told.read_text().rstrip().endswith("}"))
+    return process, json.loads(told.read_text())["address"]
 
 
 def start_box(tiny: Project, address: str, wanted: str, scratch: Path | None = None) -> subprocess.Popen:

@@ -62,11 +62,11 @@ class KillPoints:
         self.found["run_twice"] += overlaps(tiny.events())
 
     def _kill_one(self, tiny: Project, runner) -> set[int]:
-        """Kill one process of a kind drawn by chance, if there is one now; the runs that were under way then."""
+        """While runs are at work, kill one process of a kind drawn by chance; the runs that had begun by then."""
         target = self.chance.choices(list(TARGETS), list(TARGETS.values()))[0]
         open_before = {each["parameters"]["repeat"] for each in self._statuses(tiny) if each["state"] == "running"}
         found = [runner] if target == "runner" else tiny.processes(target)
-        if not found or not kill(self.chance.choice(found)):
+        if not tiny.processes("run") or not found or not kill(self.chance.choice(found)):
             return set()
         under_way = open_before & {event["repeat"] for event in tiny.events()}
         self.kills[target] += 1
