@@ -25,10 +25,11 @@ from corey.paths import ROOT
 NAME = "90_tiny"
 PARAMETERS = """fault: str = "none"  # what goes wrong in the third cell
 repeat: int = 0  # runs that differ in nothing else
-work_s: float = 0.1  # how long the third cell takes
-journal: str = ""  # file that says which runs began and ended"""
+work_s: float = 0.1  # how long the third cell takes"""
 CELLS = (
     """import json, os, resource, signal, sys, time
+
+journal = os.path.dirname(os.environ["COREY_NOTEBOOKS"]) + "/journal.jsonl"
 
 def note(event):
     line = {"event": event, "repeat": repeat, "fault": fault, "device": os.environ["COREY_DEVICE"], "pid": os.getpid()}
@@ -81,7 +82,7 @@ class Project:
     def set_grid(self, faults: list[str], repeats: int, *, work_s: float = 0.1) -> None:
         """The runs: every fault, `repeats` times."""
         smoke = {"fault": faults, "repeat": list(range(repeats))}
-        preset = {"work_s": work_s, "journal": str(self.journal)}
+        preset = {"work_s": work_s}
         content = {"laptop": preset, "paper": preset, "grid": {"smoke": smoke}}
         (self.folder / "notebooks" / "grids" / f"{NAME}.yaml").write_text(yaml.safe_dump(content))
 
