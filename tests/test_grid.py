@@ -186,7 +186,7 @@ def test_a_runner_that_is_terminated_keeps_partial_notebooks_and_leaves_no_proce
 
 def test_a_grid_goes_on_on_another_box_and_says_when_the_scheduler_is_gone(tiny):
     tiny.set_grid(["none"], 3, work_s=3)
-    scheduler, address = start_scheduler(tiny)
+    scheduler, address = start_scheduler(tiny, "scheduler.json")
     box = start_box(tiny, address, "cpu", scratch=tiny.folder / "lost")
     runner = tiny.start("--scheduler", address)
     wait_for(tiny.events)

@@ -13,8 +13,7 @@ from corey.faults.project import Project, kill, project
 from corey.run_folder import RunFolder
 
 TARGETS = {"kernel": 4, "run": 4, "worker": 2, "runner": 1}  # what is killed, and how often in proportion
-RUNS = 12  # of a grid
-LONGEST_PAUSE_S = 6.0  # between two kills
+RUNS = 24  # of a grid
 
 
 class KillPoints:
@@ -47,7 +46,7 @@ class KillPoints:
         hit: Counter = Counter()  # kills while a run was under way
         runner = tiny.start()
         while len(done) < RUNS:
-            time.sleep(self.chance.uniform(0.1, LONGEST_PAUSE_S))
+            time.sleep(self._pause_s())
             if runner.poll() is not None:
                 runner = tiny.start()
             elif self.kills.total() < wanted:
@@ -61,12 +60,17 @@ class KillPoints:
         self.found["beyond"] += sum(max(0, times - 1 - hit[repeat]) for repeat, times in begun.items())
         self.found["run_twice"] += overlaps(tiny.events())
 
+    def _pause_s(self) -> float:
+        """Mostly short, to hit every moment of a run; at times long, so that runs are done in between."""
+        return self.chance.uniform(0.05, 2) if self.chance.random() < 0.85 else self.chance.uniform(4, 15)
+
     def _kill_one(self, tiny: Project, runner) -> set[int]:
         """While runs are at work, kill one process of a kind drawn by chance; the runs that had begun by then."""
-        target = self.chance.choices(list(TARGETS), list(TARGETS.values()))[0]
+        found = {part: tiny.processes(part) for part in ("kernel", "run", "worker")} | {"runner": [runner]}
+        present = [part for part in TARGETS if found[part]]
+        target = self.chance.choices(present, [TARGETS[part] for part in present])[0]
         open_before = {each["parameters"]["repeat"] for each in self._statuses(tiny) if each["state"] == "running"}
-        found = [runner] if target == "runner" else tiny.processes(target)
-        if not tiny.processes("run") or not found or not kill(self.chance.choice(found)):
+        if not found["run"] or not kill(self.chance.choice(found[target])):
             return set()
         under_way = open_before & {event["repeat"] for event in tiny.events()}
         self.kills[target] += 1
