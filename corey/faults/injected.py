@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
+import psutil
 
 from corey.faults.project import NAME, Project, kill, project, wait_for
 from corey.paths import ROOT
@@ -178,15 +179,15 @@ def worker_killed(times: int) -> list[dict]:
         for repeat in range(times):
             wait_for(lambda repeat=repeat: tiny.begun(repeat))
             begun = next(event for event in tiny.events() if event["event"] == "begin" and event["repeat"] == repeat)
-            kill(_worker_of(tiny, begun["device"]))
+            kill(_worker_of(begun["pid"]))
         code = runner.wait(600)
         good = tiny.states("none").count("done") if code == 0 else 0
         return [_row("worker killed", "kill -9", times, good, "done, on another worker", "runs of the other device")]
 
 
-def _worker_of(tiny: Project, device: str):
-    found = [each for each in tiny.processes("worker") if each.environ().get("COREY_DEVICE") == device]
-    return found[0] if found else tiny.processes("worker")[0]
+def _worker_of(kernel: int) -> psutil.Process:
+    """The Dask worker above a kernel, and above the process of its run."""
+    return next(each for each in psutil.Process(kernel).parents() if "spawn_main" in " ".join(each.cmdline()))
 
 
 def scheduler_killed(times: int) -> list[dict]:
