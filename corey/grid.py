@@ -11,17 +11,19 @@ import contextlib
 import dataclasses
 import fcntl
 import logging
+import math
 import os
 import secrets
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import dask
 import pandas as pd
-from distributed import Client, Nanny, Scheduler, SpecCluster, as_completed
+from distributed import Client, KilledWorker, Nanny, Scheduler, SpecCluster, as_completed
 
 from corey import devices, paths
 from corey._check import bad_value
@@ -31,6 +33,7 @@ from corey.run_folder import RunFolder
 from corey.supervisor import GRACE_S, Outcome, Task, stop
 
 CELL_TIMEOUT_S, RUN_TIMEOUT_S = 3600, 7200
+HEAL_S = 2.0  # between looks at whether all workers are there
 JOIN_TIMEOUT_S = 60  # for a worker to join the scheduler that was named
 DASK = {
     "distributed.scheduler.worker-saturation": 1.0,  # a run waits with the scheduler, not with one worker
@@ -38,6 +41,7 @@ DASK = {
     "distributed.worker.http.routes": [],
     "distributed.nanny.http.routes": [],
     "distributed.comm.timeouts.connect": "10s",
+    "distributed.deploy.lost-worker-timeout": "20s",  # after which one that did not come back is started anew
 }
 
 
@@ -114,28 +118,41 @@ class _Collector:
         """Hand out the tasks and write their outcomes as they come; a signal ends the runs and keeps what they have."""
         self.client.subscribe_topic(TOPIC, self._note)
         futures = {self.client.submit(run_task, task, key=f"{task.run}-{task.grid}"): task for task in tasks}
-        coming = as_completed(futures)
         try:
-            self._take(coming, futures)
+            self._take(futures, list(futures))
         except SystemExit:
             waiting = [future for future, task in futures.items() if task.run not in self.began]
             self.client.cancel(waiting)
             self.client.run(stop, tasks[0].grid)
             late = [future for future in futures if future not in waiting]
-            with contextlib.suppress(TimeoutError):
-                self._take(as_completed(late, timeout=GRACE_S + 5), futures)
+            self._take(futures, late, timeout_s=GRACE_S + 5)
             for task in futures.values():
                 if task.run in self.began:
                     self.folders[task.run].mark("killed", reason="the runner was stopped; no word from the run's box")
             raise
 
-    def _take(self, coming: as_completed, futures: Mapping) -> None:
-        for future in coming:
-            task = futures.pop(future, None)
-            if task is not None and not (future.cancelled() and task.run not in self.began):
-                outcome = _outcome(future)
-                kept = self.folders[task.run].keep(outcome)
-                print(f"{kept.state}: {task.run} {kept.device} {kept.duration_s:.1f} s {kept.reason}", flush=True)
+    def _take(self, futures: dict, wanted: list, timeout_s: float = math.inf) -> None:
+        coming, deadline, healed = as_completed(wanted), time.monotonic() + timeout_s, 0.0
+        while coming.count() and time.monotonic() < deadline:
+            if coming.has_ready():
+                future = next(coming)
+                self._keep(future, futures.pop(future))
+            elif time.monotonic() > healed + HEAL_S:
+                self._heal()
+                healed = time.monotonic()
+            else:
+                time.sleep(0.05)
+
+    def _keep(self, future, task: Task) -> None:
+        if future.cancelled() and task.run not in self.began:
+            return  # still queued
+        kept = self.folders[task.run].keep(_outcome(future))
+        print(f"{kept.state}: {task.run} {kept.device} {kept.duration_s:.1f} s {kept.reason}", flush=True)
+
+    def _heal(self) -> None:
+        """Start workers anew whose Nanny gave up, as one does when its worker is killed while it starts."""
+        if self.client.cluster is not None:
+            self.client.cluster.scale(len(self.client.cluster.worker_spec))
 
     def _note(self, event: tuple) -> None:
         """A run began. This runs in the thread of Dask's loop, before the outcome of that run can have come."""
@@ -164,7 +181,9 @@ def _outcome(future) -> Outcome:
     if future.cancelled():
         return Outcome("killed", "lost with the scheduler; run the grid again")
     error = future.exception()
-    return Outcome("killed" if type(error).__name__ == "KilledWorker" else "failed", f"{type(error).__name__}: {error}")
+    if isinstance(error, KilledWorker):
+        return Outcome("killed", f"its worker died {error.allowed_failures + 1} times")
+    return Outcome("failed", f"{type(error).__name__}: {error}")
 
 
 @contextlib.contextmanager
@@ -249,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, TypeError, ValueError) as refusal:
         print(f"refused: {refusal}", file=sys.stderr)
         return 2
-    except GridBroken as broken:
+    except RuntimeError as broken:  # GridBroken, or Dask's own
         print(f"broken off: {broken}; run the grid again to continue it", file=sys.stderr)
         return 1
     print(done.table.to_string(index=False, float_format="{:.1f}".format))

@@ -12,7 +12,7 @@ import pandas as pd
 from corey.faults.project import Project, kill, project
 from corey.run_folder import RunFolder
 
-TARGETS = {"kernel": 4, "run": 4, "worker": 2, "runner": 1}  # what is killed, and how often in proportion
+TARGETS = {"kernel": 8, "run": 8, "worker": 2, "runner": 1}  # what is killed, and how often in proportion
 RUNS = 24  # of a grid
 
 
@@ -35,7 +35,6 @@ class KillPoints:
                 tiny.set_grid(["none"], RUNS)
                 self._one_grid(tiny, wanted)
             self.found["grids"] += 1
-            print(f"{self.kills.total()} kills over {self.found['grids']} grids: {dict(self.found)}", flush=True)
         rows = [{"target": each, "kills": self.kills[each], "in_flight": self.in_flight[each]} for each in TARGETS]
         totals = {"kills": self.kills.total(), "in_flight": self.in_flight.total()}
         problems = {each: self.found[each] for each in ("grids", "torn", "lost", "run_twice", "begun_again", "beyond")}
@@ -74,6 +73,8 @@ class KillPoints:
             return set()
         under_way = open_before & {event["repeat"] for event in tiny.events()}
         self.kills[target] += 1
+        if self.kills.total() % 10 == 0:
+            print(f"{dict(self.kills)}: {dict(self.found)}", flush=True)
         self.in_flight[target] += len(under_way)
         return under_way
 
