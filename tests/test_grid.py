@@ -201,7 +201,7 @@ def test_a_grid_goes_on_on_another_box_and_says_when_the_scheduler_is_gone(tiny)
 
 
 def test_random_kills_leave_nothing_torn_lost_or_run_twice():
-    table = KillPoints(seed=3).make(4).set_index("target")
+    table = KillPoints(seed=3).make(4)
     assert table.kills["all"] >= 4
     assert table.loc["all", ["torn", "lost", "run_twice", "beyond"]].sum() == 0
 

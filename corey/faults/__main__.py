@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from corey import results
 from corey.faults.hostile import try_all
 from corey.faults.injected import FAULTS
-from corey.faults.kills import KillPoints
+from corey.faults.kills import side_by_side
 
 SEED = 7
-AT_ONCE = 3  # kinds of faults under way, each in a project of its own; they mostly wait
+AT_ONCE = 3  # projects under way, each with two fake devices of its own; they mostly wait
 
 
 def injected(times: int) -> bool:
@@ -25,10 +25,10 @@ def injected(times: int) -> bool:
 
 
 def kills(wanted: int) -> bool:
-    table = KillPoints(SEED).make(wanted)
+    table = side_by_side(wanted, SEED, AT_ONCE)
     results.write_rows(table.assign(device="cpu"), "faults_kills", parameters={"kills": wanted, "seed": SEED})
     print(table.to_string(index=False))
-    return not table[["torn", "lost", "run_twice", "beyond"]].sum().sum()
+    return not table[["torn", "lost", "run_twice", "beyond"]].sum().any()
 
 
 def hostile() -> bool:

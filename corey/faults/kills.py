@@ -3,9 +3,11 @@
 After every kill the folders on disk are compared with the journal of what really began and ended.
 """
 
+import math
 import random
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 
@@ -13,7 +15,7 @@ from corey.faults.project import Project, kill, project
 from corey.run_folder import RunFolder
 
 TARGETS = {"kernel": 8, "run": 8, "worker": 2, "runner": 1}  # what is killed, and how often in proportion
-RUNS = 24  # of a grid
+RUNS = 16  # of a grid
 
 
 class KillPoints:
@@ -29,7 +31,7 @@ class KillPoints:
         self.kills, self.in_flight, self.found = Counter(), Counter(), Counter()
 
     def make(self, wanted: int) -> pd.DataFrame:
-        """At least `wanted` kills; one row a target, and one for all of them."""
+        """At least `wanted` kills; one row a target, and one for all of them, with zeros where nothing was found."""
         while self.kills.total() < wanted:
             with project() as tiny:
                 tiny.set_grid(["none"], RUNS)
@@ -38,7 +40,7 @@ class KillPoints:
         rows = [{"target": each, "kills": self.kills[each], "in_flight": self.in_flight[each]} for each in TARGETS]
         totals = {"kills": self.kills.total(), "in_flight": self.in_flight.total()}
         problems = {each: self.found[each] for each in ("grids", "torn", "lost", "run_twice", "begun_again", "beyond")}
-        return pd.DataFrame([*rows, {"target": "all", **totals, **problems}])
+        return pd.DataFrame([*rows, {"target": "all", **totals, **problems}]).set_index("target")
 
     def _one_grid(self, tiny: Project, wanted: int) -> None:
         done: dict[int, int] = {}  # runs that are done, with how often they had begun by then
@@ -96,6 +98,14 @@ class KillPoints:
         except ValueError:
             self.found["torn"] += 1
             return []
+
+
+def side_by_side(wanted: int, seed: int, at_once: int) -> pd.DataFrame:
+    """The kills shared out over several projects at a time, and their rows added up."""
+    share = math.ceil(wanted / at_once)
+    with ThreadPoolExecutor(at_once) as pool:
+        tables = list(pool.map(lambda number: KillPoints(seed + number).make(share), range(at_once)))
+    return sum(tables).reset_index()
 
 
 def overlaps(events: list[dict]) -> int:
