@@ -8,7 +8,6 @@ private folder, never through TCP ports, which any user of the machine could rea
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import keyword
@@ -53,10 +52,10 @@ class RunResult:
 
 
 class NotebookFailed(RuntimeError):
-    """A run that did not execute every cell; `partial` is the notebook as far as it came."""
+    """A run that did not execute every cell; `partial` is the notebook as far as it came, None on a full disk."""
 
-    def __init__(self, reason: str, partial: Path):
-        super().__init__(f"{reason}; what was executed is in {partial}")
+    def __init__(self, reason: str, partial: Path | None):
+        super().__init__(f"{reason}; " + (f"what was executed is in {partial}" if partial else "nothing could be kept"))
         self.reason, self.partial = reason, partial
 
 
@@ -126,7 +125,7 @@ def run_notebook(
     try:
         _execute(notebook, Path(scratch), parameters, cell_timeout_s)
     except BaseException as error:
-        partial = _keep_partial(Path(scratch), out, error)
+        partial = _keep_partial(Path(scratch), notebook, out, error)
         if isinstance(error, Exception):
             raise NotebookFailed(f"{name}: {_reason(error)}", partial) from error
         raise
@@ -274,22 +273,25 @@ def _failed(out: Path) -> Path:
     return out.with_name(f"{out.stem}.failed.ipynb")
 
 
-def _keep_partial(scratch: Path, out: Path, error: BaseException) -> Path:
-    """Rename the scratch notebook to <name>.failed.ipynb, with metadata that say so.
+def _keep_partial(scratch: Path, source: nbformat.NotebookNode, out: Path, error: BaseException) -> Path | None:
+    """Rename the scratch notebook to <name>.failed.ipynb, with metadata that say so; `source` where it is still empty.
 
     papermill marks every cell completed after a kernel died; here a cell without execution count is pending again.
     """
     content = scratch.read_text()
-    if content:
-        notebook = nbformat.reads(content, as_version=4)
-        exception = error.ename if isinstance(error, papermill.PapermillExecutionError) else type(error).__name__
-        notebook.metadata["corey"] = {"status": _state(error), "reason": _reason(error), "exception": exception}
-        notebook.metadata.get("papermill", {})["exception"] = True
-        for cell in notebook.cells:
-            if cell.cell_type == "code" and cell.execution_count is None and "papermill" in cell.metadata:
-                cell.metadata.papermill["status"] = "pending"
-        with contextlib.suppress(OSError):  # a full disk: the last whole notebook stays, as papermill marked it
-            write_atomically(scratch, nbformat.writes(notebook).encode())
+    notebook = nbformat.reads(content, as_version=4) if content else copy.deepcopy(source)
+    exception = error.ename if isinstance(error, papermill.PapermillExecutionError) else type(error).__name__
+    notebook.metadata["corey"] = {"status": _state(error), "reason": _reason(error), "exception": exception}
+    notebook.metadata.get("papermill", {})["exception"] = True
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and cell.execution_count is None and "papermill" in cell.metadata:
+            cell.metadata.papermill["status"] = "pending"
+    try:
+        write_atomically(scratch, nbformat.writes(notebook).encode())
+    except OSError:  # a full disk: the last whole notebook stays, as papermill marked it
+        if not content:
+            scratch.unlink()
+            return None
     os.replace(scratch, _failed(out))
     return _failed(out)
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import stat
@@ -26,6 +27,7 @@ from corey.paths import ROOT
 RETRIES = 2  # of a transient fault, so at most three attempts
 GRACE_S = 15.0  # between SIGTERM, on which a run keeps its partial notebook, and SIGKILL
 LOG_BYTES = 1 << 16
+NO_SPACE_BYTES = 1 << 16
 _TRANSIENT = re.compile(
     r"CUDA (driver )?initialization|CUDA-capable device\(s\) is/are busy|cudaErrorDevicesUnavailable"
     r"|^(Connection(Reset|Refused|Aborted)?Error|ConnectError|ConnectTimeout|ReadTimeout|ProxyError|gaierror)\b"
@@ -171,6 +173,8 @@ def _judge(code: int, folder: Path) -> Outcome:
         return Outcome(
             "killed", f"the run's process was ended by {signal.Signals(-code if code < 0 else code - 128).name}"
         )
+    if shutil.disk_usage(folder).free < NO_SPACE_BYTES:
+        return Outcome("failed", f"No space left on device: {folder}")
     lines = _tail(folder / "log.txt").decode(errors="replace").strip().splitlines()
     return Outcome("failed", lines[-1] if lines else f"exit code {code}")
 

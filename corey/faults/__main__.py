@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 
 from corey import results
@@ -10,18 +11,27 @@ from corey.faults.injected import FAULTS
 from corey.faults.kills import side_by_side
 
 SEED = 7
-AT_ONCE = 3  # projects under way, each with two fake devices of its own; they mostly wait
+AT_ONCE = 4  # projects under way, each with two fake devices of its own; they mostly wait
 
 
 def injected(times: int) -> bool:
     rows = []
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for found in pool.map(lambda fault: fault(times), FAULTS.values()):
+        for found in pool.map(lambda name: _inject(name, times), FAULTS):
             rows += found
             for row in found:
                 print(f"{row['fault']}: {row['as_wanted']} of {row['times']} as wanted", flush=True)
     results.write_rows([{**row, "device": "cpu"} for row in rows], "faults", parameters={"times": times})
     return all(row["as_wanted"] == row["times"] for row in rows)
+
+
+def _inject(name: str, times: int) -> list[dict]:
+    try:
+        return FAULTS[name](times)
+    except Exception:  # one that this check did not foresee: counted as not as wanted, beside what the others find
+        traceback.print_exc()
+        unknown = {"injected": "", "reported": "not what the check could read", "kept": ""}
+        return [{"fault": name, "times": times, "as_wanted": 0, **unknown}]
 
 
 def kills(wanted: int) -> bool:

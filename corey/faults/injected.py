@@ -58,7 +58,7 @@ def full_disk_in_run(times: int) -> list[dict]:
     fault = "full disk under a run"
     with project() as tiny:
         tiny.set_grid([fault], times)
-        code = tiny.run(command=_mounted(tiny, "scratch", "32m"))
+        code = tiny.run(command=_mounted(tiny, "scratch", "32m", "--devices", "cpu"))
         good = sum(_as_wanted(tiny, fault, repeat, "failed", "No space left") for repeat in range(times))
         reported = "failed: OSError: No space left on device"
         return [_row(fault, "tmpfs of 32 MiB", times, good if code == 1 else 0, reported, "partial notebook, log")]
@@ -250,15 +250,15 @@ def _kill_box(tiny: Project, box: subprocess.Popen, scratch: Path) -> None:
         kill(process)
 
 
-def _mounted(tiny: Project, name: str, size: str) -> list[str]:
+def _mounted(tiny: Project, name: str, size: str, *arguments: str) -> list[str]:
     """The runner's command with one of the project's folders on a small tmpfs, in a mount namespace of its own."""
     folder = tiny.folder / name
     folder.mkdir(exist_ok=True)
-    return ["unshare", "-rm", "sh", "-c", TMPFS.format(size=size, folder=folder, command=_shell(tiny))]
+    return ["unshare", "-rm", "sh", "-c", TMPFS.format(size=size, folder=folder, command=_shell(tiny, *arguments))]
 
 
-def _shell(tiny: Project) -> str:
-    return " ".join(tiny.command())  # no word of it has a character that a shell would read
+def _shell(tiny: Project, *arguments: str) -> str:
+    return " ".join(tiny.command(*arguments))  # no word of it has a character that a shell would read
 
 
 def _break_checkpoint(tiny: Project) -> None:
