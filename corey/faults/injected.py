@@ -130,8 +130,8 @@ def corrupt_state(times: int) -> list[dict]:
     with project() as tiny:
         tiny.set_grid(["none"], times + 1)
         tiny.run()
-        for repeat in range(times):
-            folder = tiny.folder_of("none", repeat)
+        folders = [tiny.folder_of("none", repeat) for repeat in range(times)]
+        for repeat, folder in enumerate(folders):
             path = folder / ("status.json" if repeat % 2 else "notebook.ipynb")
             path.write_bytes(path.read_bytes()[: 40 + 31 * repeat])
         code = tiny.run()
