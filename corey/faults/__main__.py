@@ -3,7 +3,7 @@
 import argparse
 import sys
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from corey import results
 from corey.faults.hostile import try_all
@@ -15,13 +15,15 @@ AT_ONCE = 4  # projects under way, each with two fake devices of its own; they m
 
 
 def injected(times: int) -> bool:
-    rows = []
+    found: dict[str, list[dict]] = {}
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for found in pool.map(lambda name: _inject(name, times), FAULTS):
-            rows += found
-            for row in found:
+        names = {pool.submit(_inject, name, times): name for name in FAULTS}
+        for future in as_completed(names):
+            found[names[future]] = future.result()
+            for row in future.result():
                 print(f"{row['fault']}: {row['as_wanted']} of {row['times']} as wanted", flush=True)
-    results.write_rows([{**row, "device": "cpu"} for row in rows], "faults", parameters={"times": times})
+            rows = [{**row, "device": "cpu"} for name in FAULTS if name in found for row in found[name]]
+            results.write_rows(rows, "faults", parameters={"times": times})  # what is known so far
     return all(row["as_wanted"] == row["times"] for row in rows)
 
 
