@@ -66,14 +66,18 @@ class KillPoints:
         return self.chance.uniform(0.05, 2) if self.chance.random() < 0.85 else self.chance.uniform(4, 15)
 
     def _kill_one(self, tiny: Project, runner) -> set[int]:
-        """While runs are at work, kill one process of a kind drawn by chance; the runs that had begun by then."""
+        """While runs are at work, kill one process of a kind drawn by chance; the runs that were under way."""
         found = {part: tiny.processes(part) for part in ("kernel", "run", "worker")} | {"runner": [runner]}
         present = [part for part in TARGETS if found[part]]
         target = self.chance.choices(present, [TARGETS[part] for part in present])[0]
-        open_before = {each["parameters"]["repeat"] for each in self._statuses(tiny) if each["state"] == "running"}
+        begun = {event["repeat"] for event in tiny.events()}
+        under_way = {
+            each["parameters"]["repeat"]
+            for each in self._statuses(tiny)  # a run that is hit just before its notebook begins may still begin
+            if each["state"] == "running" or (each["state"] == "queued" and each["parameters"]["repeat"] in begun)
+        }
         if not found["run"] or not kill(self.chance.choice(found[target])):
             return set()
-        under_way = open_before & {event["repeat"] for event in tiny.events()}
         self.kills[target] += 1
         if self.kills.total() % 10 == 0:
             print(f"{dict(self.kills)}: {dict(self.found)}", flush=True)
