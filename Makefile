@@ -76,7 +76,7 @@ grid: $(READY)## a notebook's parameter grid, one run a device (NB=, GRID=)
 worker: $(READY)## join this box to a scheduler, one worker a device (SCHEDULER=)
 	$(BIN)python -m corey.grid worker "$(SCHEDULER)" --devices "$(DEVICES)"
 
-faults: $(READY)## inject faults into the batch runner: rows in build/results, half an hour
+faults: $(READY)## inject faults into the batch runner: rows in build/results
 	$(BIN)python -m corey.faults
 
 clean:## remove build/ (not .venv, not figures/)
