@@ -2,6 +2,9 @@
 
 PRESET ?= laptop## laptop (CPU, minutes) or paper (GPU)
 NB ?=## one notebook, by name or number: NB=03
+GRID ?= smoke## section of the notebook's grid: smoke (minutes) or paper (GPUs)
+DEVICES ?=## for grid and worker: 0,1 or UUIDs, or cpu,cpu; all visible GPUs by default
+SCHEDULER ?=## a running Dask scheduler, such as tcp://head:8786
 PYTHON ?= python3## the interpreter that makes .venv
 PIP_ARGS ?=## more arguments for pip
 
@@ -11,7 +14,7 @@ MAKEFLAGS += --warn-undefined-variables --no-builtin-rules
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:# notebooks measure time: one at a time
-.PHONY: help env doctor figures test browser lab claims reports clean
+.PHONY: help env doctor figures test browser lab claims reports grid worker faults clean
 
 # An active conda environment is used as it is (`base` does not count); otherwise a private .venv is made.
 CONDA_ENV := $(filter-out base,$(shell echo "$${CONDA_DEFAULT_ENV:-}"))
@@ -72,6 +75,16 @@ claims: $(READY)## the verdict on every claim, from rows
 
 reports: figures## one HTML report: verdicts, notebooks, figures, provenance
 	$(BIN)python -m corey.reports
+
+grid: $(READY)## a notebook's parameter grid, one run a device (NB=, GRID=)
+	$(if $(filter 1,$(words $(CHOSEN))),,$(error NB: got $(or $(NB),nothing), want one of $(ALL)))
+	$(BIN)python -m corey.grid run $(CHOSEN) --section "$(GRID)" --devices "$(DEVICES)" --scheduler "$(SCHEDULER)"
+
+worker: $(READY)## join this box to a scheduler, one worker a device (SCHEDULER=)
+	$(BIN)python -m corey.grid worker "$(SCHEDULER)" --devices "$(DEVICES)"
+
+faults: $(READY)## inject faults into the batch runner: rows in build/results
+	$(BIN)python -m corey.faults
 
 clean:## remove build/ (not .venv, not figures/)
 	rm -rf build

@@ -19,7 +19,7 @@ from tueplots import bundles
 
 from corey import paths
 from corey._check import bad_type, bad_value
-from corey.results import write_atomically
+from corey._files import write_atomically
 
 WIDTH_FULL = 5.5  # inches: the text width of the NeurIPS 2024 style
 WIDTH_HALF = 2.7  # inches: two side by side

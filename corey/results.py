@@ -6,8 +6,6 @@ Live sets are in build/results, committed ones in data/results; `python -m corey
 """
 
 import argparse
-import hashlib
-import importlib.metadata
 import io
 import json
 import math
@@ -17,7 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from numbers import Real
@@ -29,9 +26,28 @@ import torch
 
 from corey import paths
 from corey._check import bad_type, bad_value
+from corey._files import parse_json, read_limited, write_atomically
+from corey._sources import sha256, source_hashes, versions
 
 CODE_PATHS = ("corey", "kernels", "notebooks")  # what can change a number; README edits do not make rows dirty
-PACKAGES = ("torch", "numpy", "pandas", "numba", "scipy", "transformers", "lm-eval", "mamba-ssm", "cuda-core", "corey")
+PROVENANCE = {  # what every record must hold; a set whose record lacks any of it is refused
+    "": (
+        "time_utc",
+        "code",
+        "versions",
+        "machine",
+        "notebook",
+        "seeds",
+        "parameters",
+        "name",
+        "rows",
+        "columns",
+        "sha256",
+    ),
+    "code": "commit dirty corey_sha256 kernels_sha256".split(),
+    "versions": "python torch corey".split(),
+    "machine": "platform cpu cores gpu".split(),
+}
 EVIDENCE_COLUMNS = ("claim", "quantity", "value", "low", "high", "n", "device")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 _TOLD_COMMIT = re.compile(r"([0-9a-f]{40})(-dirty)?")
@@ -50,7 +66,7 @@ def write_rows(rows, name: str, *, parameters: Mapping, notebook: str | None = N
     table = _tidy(rows)
     record = provenance(parameters, notebook=notebook)
     content = table.to_csv(index=False, lineterminator="\n").encode()
-    record |= {"name": name, "rows": len(table), "columns": list(table.columns), "sha256": _sha256(content)}
+    record |= {"name": name, "rows": len(table), "columns": list(table.columns), "sha256": sha256(content)}
     return _store(paths.LIVE_RESULTS, name, content, record)
 
 
@@ -92,10 +108,7 @@ def read_rows(name: str, source: str = "live") -> pd.DataFrame:
 
 def read_provenance(name: str, source: str = "live") -> dict:
     """The provenance of one result set: commit, hashes, versions, machine, parameters, time, row count and checksum."""
-    path = _csv(source, name).with_suffix(".json")
-    if not path.exists():
-        raise ValueError(f"{path.with_suffix('.csv')} has no provenance file {path.name}, so its rows are refused")
-    return json.loads(path.read_text())
+    return _read_record(_csv(source, name).with_suffix(".json"))
 
 
 def names(source: str = "live") -> list[str]:
@@ -103,10 +116,50 @@ def names(source: str = "live") -> list[str]:
     return sorted(path.stem for path in _folder(source).glob("*.csv"))
 
 
-def publish(name: str) -> Path:
-    """Copy a live result set, once it has been checked, to data/results; returns the path of the committed CSV."""
-    _read_one(name, "live")
-    return _store(paths.RESULTS, name, _csv("live", name).read_bytes(), read_provenance(name, "live"))
+def publish(name: str, folder: Path | None = None) -> Path:
+    """Copy a live result set, once it has been checked, to data/results; returns the path of the committed CSV.
+
+    `folder` is where the set lies: build/results, or build/grid/<notebook>/rows for the rows of a grid.
+    """
+    _check_name("name", name)
+    folder = paths.LIVE_RESULTS if folder is None else Path(folder)
+    _, record, content = _read_set(folder, name)
+    if record["code"]["commit"] == "unknown":
+        raise bad_value(f"commit of {name}", "unknown", "rows of a checkout in git, or of a copy told $COREY_COMMIT")
+    return _store(paths.RESULTS, name, content, record)
+
+
+def gather(runs: Mapping[str, tuple[Path, Mapping]], name: str, folder: Path, *, parameters: Mapping, notebook: str):
+    """One set, <name>_grid in `folder`, from the sets `name` that the runs of a grid left; returns the path of its CSV.
+
+    `runs` maps the identity of a run to the folder of its rows and to the parameters that the grid crosses. These
+    become the columns `run` and `grid_<parameter>`; the provenance of each run is kept under `runs` in the record.
+    """
+    tables, records = [], {}
+    for run, (results, crossed) in runs.items():
+        table, records[run], _ = _read_set(results, name)
+        values = {
+            f"grid_{key}": json.dumps(value) if isinstance(value, list) else value for key, value in crossed.items()
+        }
+        taken = {"run", *values} & set(table.columns)
+        if taken:
+            raise bad_value(f"columns of {name}", sorted(taken), "other names: a grid adds these columns")
+        front = pd.DataFrame({"run": run, **values}, index=table.index)
+        tables.append(pd.concat([front, table], axis=1))
+    table = _tidy(pd.concat(tables, ignore_index=True))
+    content = table.to_csv(index=False, lineterminator="\n").encode()
+    record = provenance(parameters, notebook=notebook) | {"name": f"{name}_grid", "rows": len(table)}
+    record |= {"columns": list(table.columns), "sha256": sha256(content), "runs": records}
+    return _store(folder, f"{name}_grid", content, record)
+
+
+def whole_sets(folder: Path) -> list[str]:
+    """Names of the result sets in a folder, each of which has been read and checked."""
+    found = sorted(path.stem for path in folder.glob("*.csv"))
+    for name in found:
+        _check_name("name", name)
+        _read_set(folder, name)
+    return found
 
 
 def device_name(device: str | torch.device) -> str:
@@ -147,7 +200,7 @@ def provenance(parameters: Mapping, *, notebook: str | None = None) -> dict:
     return {
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "code": git_state() | source_hashes(notebook),
-        "versions": {"python": platform.python_version()} | {package: _version(package) for package in PACKAGES},
+        "versions": versions(),
         "machine": {"platform": platform.platform(), "cpu": cpu_model(), "cores": os.cpu_count(), "gpu": _gpus()},
         "notebook": notebook,
         "seeds": {key: value for key, value in parameters.items() if "seed" in key},
@@ -174,35 +227,6 @@ def git_state() -> dict:
     return {"commit": found[1], "dirty": found[2] is not None, "commit_from_environment": True}
 
 
-def source_hashes(notebook: str | None = None) -> dict:
-    """SHA-256 of the module, of the kernels and of one notebook's cells (sources only, so outputs do not count)."""
-    hashes = {
-        "corey_sha256": _hash_files(sorted((paths.ROOT / "corey").rglob("*.py"))),
-        "kernels_sha256": _hash_files(sorted(paths.KERNELS.glob("*.cu*"))),
-    }
-    if notebook is not None:
-        cells = json.loads((paths.NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]
-        hashes["notebook_sha256"] = _sha256("\0".join("".join(cell["source"]) for cell in cells).encode())
-    return hashes
-
-
-def write_atomically(path: Path, content: bytes) -> Path:
-    """Replace `path` by `content` in one step: a reader, or a crash, sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    return path
-
-
 def _store(folder: Path, name: str, content: bytes, record: dict) -> Path:
     path = write_atomically(folder / f"{name}.csv", content)
     write_atomically(
@@ -212,13 +236,30 @@ def _store(folder: Path, name: str, content: bytes, record: dict) -> Path:
 
 
 def _read_one(name: str, source: str) -> pd.DataFrame:
-    path, record = _csv(source, name), read_provenance(name, source)
-    content = path.read_bytes()
-    if _sha256(content) != record["sha256"]:
+    return _read_set(_folder(source), name)[0].assign(source=source)
+
+
+def _read_set(folder: Path, name: str) -> tuple[pd.DataFrame, dict, bytes]:
+    path = folder / f"{name}.csv"
+    record, content = _read_record(path.with_suffix(".json")), read_limited(path)
+    if sha256(content) != record["sha256"]:
         raise ValueError(f"{path} differs from the checksum in {path.stem}.json: the rows were edited or half written")
     table = pd.read_csv(io.BytesIO(content), keep_default_na=False, na_values=[""])
     _check_devices(table["device"], path)
-    return table.assign(source=source)
+    return table, record, content
+
+
+def _read_record(path: Path) -> dict:
+    if not path.exists():
+        raise ValueError(f"{path.with_suffix('.csv')} has no provenance file {path.name}, so its rows are refused")
+    record = parse_json(read_limited(path), path)
+    for part, wanted in PROVENANCE.items():
+        found = record[part] if part else record
+        missing = [key for key in wanted if not isinstance(found, dict) or key not in found]
+        if missing:
+            where = f"{path}, {part}" if part else str(path)
+            raise bad_value(where, f"a record without {', '.join(missing)}", "the whole provenance of its rows")
+    return record
 
 
 def _folder(source: str) -> Path:
@@ -318,21 +359,6 @@ def _gpus() -> list[dict]:
     ]
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _hash_files(files: list[Path]) -> str:
-    return _sha256("\n".join(f"{file.relative_to(paths.ROOT)} {_sha256(file.read_bytes())}" for file in files).encode())
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m corey.results", description="Copy live rows to the committed ones."
@@ -340,9 +366,12 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("publish", help="copy build/results/NAME to data/results")
     command.add_argument("names", nargs="+", metavar="NAME")
-    for name in parser.parse_args(arguments).names:
-        code = read_provenance(name, "live")["code"]
-        print(f"{publish(name)}: commit {code['commit'][:12]}, dirty {code['dirty']}")
+    command.add_argument("--from", dest="folder", type=Path, help="where they lie, build/results by default")
+    options = parser.parse_args(arguments)
+    for name in options.names:
+        path = publish(name, options.folder)
+        code = read_provenance(name, "committed")["code"]
+        print(f"{path}: commit {code['commit'][:12]}, dirty {code['dirty']}")
     return 0
 
 

@@ -45,7 +45,10 @@ def test_environment_names_nothing_that_pyproject_does_not():
     assert set(conda_requirements()) <= known
 
 
-LIGHT = "import corey, sys; heavy = {heavy} & set(sys.modules); sys.exit(f'loads {{sorted(heavy)}}' if heavy else 0)"
+LIGHT = (
+    "from corey import *; import sys; heavy = {heavy} & set(sys.modules);"
+    "sys.exit(f'loads {{sorted(heavy)}}' if heavy else 0)"
+)
 HEAVY = {"numba", "pandas", "matplotlib", "transformers", "lm_eval", "yaml", "papermill", "scipy", "distributed"}
 
 

@@ -268,3 +268,51 @@ def test_the_gpu_has_its_name_and_driver():
     results.write_rows(pd.DataFrame([row(device="cuda:0")]), "03_try", parameters={})
     gpu = results.read_provenance("03_try")["machine"]["gpu"][0]
     assert gpu["name"] == results.device_name("cuda") and gpu["driver"] and gpu["cuda"] == torch.version.cuda
+
+
+def run_of_a_grid(tmp_path, name, monkeypatch, **values):
+    """Rows that a run left in a folder of its own."""
+    folder = tmp_path / name
+    monkeypatch.setattr(paths, "LIVE_RESULTS", folder)
+    results.write_rows([row(**values)], "03_try_latency", parameters={"seed": 1})
+    return folder
+
+
+def test_rows_of_a_grid_come_together_with_the_provenance_of_every_run(tmp_path, monkeypatch):
+    runs = {
+        each: (run_of_a_grid(tmp_path, each, monkeypatch, latency_us=value), {"seed": value, "widths": [value]})
+        for each, value in (("aa", 1), ("bb", 2))
+    }
+    path = results.gather(runs, "03_try_latency", tmp_path / "rows", parameters={"grid": "smoke"}, notebook=None)
+    table, record = pd.read_csv(path), json.loads(path.with_suffix(".json").read_text())
+    assert path.name == "03_try_latency_grid.csv"
+    assert table.run.tolist() == ["aa", "bb"] and table.grid_seed.tolist() == table.latency_us.tolist() == [1, 2]
+    assert table.grid_widths.tolist() == ["[1]", "[2]"]
+    assert {"time_utc", "code", "machine"} <= set(record["runs"]["aa"]) and record["rows"] == 2
+    assert results.publish("03_try_latency_grid", tmp_path / "rows").exists()
+
+
+def test_rows_of_two_gpu_models_do_not_come_together(tmp_path, monkeypatch):
+    runs = {each: (run_of_a_grid(tmp_path, each[-4:], monkeypatch, device=each), {}) for each in (GPU_A, GPU_B)}
+    with pytest.raises(ValueError, match="want one GPU model"):
+        results.gather(runs, "03_try_latency", tmp_path / "rows", parameters={}, notebook=None)
+    assert not (tmp_path / "rows").exists()
+
+
+@pytest.mark.parametrize("part", ["time_utc", "parameters", "code.commit", "versions.torch", "machine.gpu", "machine"])
+def test_rows_whose_provenance_lacks_anything_are_refused(part):
+    path = results.write_rows([row()], "03_try", parameters={}).with_suffix(".json")
+    record = json.loads(path.read_text())
+    *outer, key = part.split(".")
+    del (record[outer[0]] if outer else record)[key]
+    path.write_text(json.dumps(record))
+    for refused in (lambda: results.read_rows("03_try"), lambda: results.publish("03_try")):
+        with pytest.raises(ValueError, match=f"a record without {key}"):
+            refused()
+
+
+def test_rows_of_unknown_code_are_not_published(monkeypatch):
+    monkeypatch.setattr(results, "git_state", lambda: {"commit": "unknown", "dirty": None})
+    results.write_rows([row()], "03_try", parameters={})
+    with pytest.raises(ValueError, match="commit of 03_try: got unknown"):
+        results.publish("03_try")

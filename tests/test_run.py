@@ -51,6 +51,14 @@ def fail(*sources):
     return nbformat.read(caught.value.partial, as_version=4), caught.value.reason
 
 
+@pytest.fixture
+def no_kernel(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a kernel was started")
+
+    monkeypatch.setattr(run, "_execute", refuse)
+
+
 def test_a_run_gets_its_parameters_and_this_interpreter_and_replaces_what_failed_before():
     notebook("import sys; print(sys.executable, seed, rate, repr(task), fast, chunk_sizes)")
     output("03_try").parent.mkdir()
@@ -84,6 +92,55 @@ def test_a_killed_kernel_is_a_failure_and_the_cells_after_it_are_pending():
     assert partial.metadata.papermill.exception is True
 
 
+def test_a_cell_that_takes_too_long_ends_the_run():
+    notebook("import time; time.sleep(60)", "print('after')")
+    with pytest.raises(run.NotebookFailed, match="timed out while it was being executed, after 1 seconds"):
+        run.run_notebook("03_try", {}, cell_timeout_s=1)
+    partial = nbformat.read(output("03_try.failed"), as_version=4)
+    assert partial.metadata.corey.status == "timeout"
+    assert partial.cells[-1].metadata.papermill.status == "pending"
+
+
+def test_a_kernel_that_was_killed_is_told_by_its_signal():
+    partial, reason = fail("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert reason.endswith("DeadKernelError: the kernel SIGKILL")
+    assert partial.metadata.corey.status == "killed"
+
+
+def test_the_kernel_is_reached_through_private_sockets_only():
+    notebook(
+        "import json, os; from ipykernel.connect import get_connection_file; path = get_connection_file();"
+        "told = json.load(open(path)); sockets = [each for each in os.listdir(os.path.dirname(path)) if 'ipc' in each];"
+        "print(told['transport'], len(sockets), oct(os.stat(os.path.dirname(path)).st_mode & 0o777))"
+    )
+    done = run.run_notebook("03_try", {})
+    assert nbformat.read(done.out, as_version=4).cells[-1].outputs[0].text == "ipc 5 0o700\n"
+
+
+def test_sockets_find_a_short_folder_where_the_temporary_one_is_long(project, monkeypatch):
+    long = project / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    notebook("print(1)")
+    assert run.run_notebook("03_try", {}).out.exists()
+
+
+def test_a_write_that_fails_leaves_the_last_whole_notebook(project, monkeypatch):
+    path = project / "x.ipynb"
+    run._WholeNotebooks().write("{}", str(path))
+    monkeypatch.setattr("os.fsync", lambda handle: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run._WholeNotebooks().write('{"torn": ', str(path))
+    assert path.read_text() == "{}" and [each.name for each in project.glob("*.ipynb*")] == ["x.ipynb"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"[" * 100_000, b'{"nbformat": 4}', b"\xff\xfe"])
+def test_a_notebook_that_is_none_is_refused(content, no_kernel):
+    notebook().write_bytes(content)
+    with pytest.raises(ValueError, match=r"03_try\.ipynb: got"):
+        run.run_notebook("03_try", {})
+
+
 def test_a_skipped_cell_is_a_failure():
     path = notebook("print('skipped')")
     content = nbformat.read(path, as_version=4)
@@ -91,14 +148,6 @@ def test_a_skipped_cell_is_a_failure():
     nbformat.write(content, path)
     with pytest.raises(run.NotebookFailed, match="cell 3 was not executed"):
         run.run_notebook("03_try", {})
-
-
-@pytest.fixture
-def no_kernel(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("a kernel was started")
-
-    monkeypatch.setattr(run, "_execute", refuse)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +204,7 @@ def test_a_missing_notebook_is_refused_with_those_there_are(no_kernel):
         run.run_notebook("04_missing", {})
 
 
-@pytest.mark.parametrize("out", ["https://host/x.ipynb", "s3://bucket/x.ipynb", "x.txt", "inside"])
+@pytest.mark.parametrize("out", ["https://host/x.ipynb", "s3://bucket/x.ipynb", "x.txt", "{seed}.ipynb", "inside"])
 def test_an_output_that_is_no_local_notebook_is_refused(out, no_kernel):
     notebook()
     with pytest.raises(ValueError, match="out: got"):
@@ -167,7 +216,7 @@ def test_the_command_line_merges_preset_file_and_settings(project, monkeypatch):
     (paths.GRIDS / "03_try.yaml").write_text("laptop: {seed: 1, rate: 0.1, fast: true}\npaper: {seed: 2}\n")
     (project / "more.yaml").write_text("rate: 0.2\nfast: false\n")
     seen = []
-    monkeypatch.setattr(run, "_execute", lambda notebook, scratch, parameters: seen.append(parameters))
+    monkeypatch.setattr(run, "_execute", lambda notebook, scratch, parameters, cell_timeout_s: seen.append(parameters))
     arguments = [
         "03_try",
         "--preset",
@@ -219,6 +268,17 @@ def test_a_terminated_run_keeps_its_partial_notebook_and_leaves_no_kernel(projec
     assert [each.name for each in output("03_try").parent.iterdir()] == ["03_try.failed.ipynb"]
     with pytest.raises(ProcessLookupError):
         os.kill(int(marker.read_text()), 0)
+
+
+def test_a_tied_run_ends_with_whoever_started_it(project):
+    marker = project / "kernel"
+    notebook(f"import pathlib, time; pathlib.Path({str(marker)!r}).write_text('here'); time.sleep(100)")
+    process = subprocess.Popen([*elsewhere(), "03_try", "--tied"], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    while not marker.exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.stdin.close()
+    assert process.wait(timeout=20) == 143
+    assert output("03_try.failed").exists()
 
 
 def test_the_command_line_is_truthful_in_an_empty_home_with_a_foreign_kernelspec(project):
