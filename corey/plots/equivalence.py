@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from corey.figures import GREY, MARKERS, PALETTE, WIDTH_FULL
 
@@ -177,8 +178,8 @@ def plot_parting(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     ax.set_yticks([*ticks, never], [*map(str, ticks), "never"])
     ax.set_ylim(0, never)
     ax.set_xscale("log")
-    low, high = rows["logit_max_abs_diff"].min(), rows["logit_max_abs_diff"].max()
-    ax.set_xlim(low / 3, high * 3)
+    ax.set_xlim(*_decades(rows["logit_max_abs_diff"]))
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_ylabel("first differing new token")
     ax.set_xlabel("largest logit difference\nfrom transformers' own path")
     return ax
@@ -194,3 +195,9 @@ def _strip(ax: Axes, rows: pd.DataFrame, column: str) -> list[str]:
     ax.set_ylim(len(sides) - 0.5, -0.5)
     ax.tick_params(axis="y", length=0)
     return sides
+
+
+def _decades(values: pd.Series) -> tuple[float, float]:
+    """The powers of ten around positive values, with room to the next where one lies on them."""
+    low, high = np.log10(values.min() / 1.1), np.log10(values.max() * 1.1)
+    return 10.0 ** np.floor(low), 10.0 ** np.ceil(high)
