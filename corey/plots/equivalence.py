@@ -25,16 +25,7 @@ def plot_agreement(rows: pd.DataFrame, ax: Axes | None = None) -> Axes:
     for index, (measure, label) in enumerate(MEASURES.items()):
         found = rows[rows["measure"] == measure]
         y = [sides.index(side) + (index - 0.5) * 0.3 for side in found["side"]]
-        ax.errorbar(
-            found["value"],
-            y,
-            xerr=[found["value"] - found["low"], found["high"] - found["value"]],
-            fmt=MARKERS[index],
-            color=PALETTE[index],
-            elinewidth=0.8,
-            label=label,
-            clip_on=False,
-        )
+        _fractions(ax, found, y, index, label=label)
     counts = rows.groupby("side", sort=False)["n"].max()
     ax.set_yticks(range(len(sides)), [f"{side} ({counts[side]})" for side in sides])
     ax.set_ylabel("side (prompts)")
@@ -124,17 +115,7 @@ def plot_policies(rows: pd.DataFrame, measure: str, ax: Axes | None = None) -> A
     models = rows.groupby(["model", "dtype"], sort=False)
     for index, (key, found) in enumerate(models):
         y = [policies.index(side) + (index - (len(models) - 1) / 2) * 0.22 for side in found["side"]]
-        ax.errorbar(
-            found["value"],
-            y,
-            xerr=[found["value"] - found["low"], found["high"] - found["value"]],
-            fmt=MARKERS[index],
-            color=PALETTE[index],
-            elinewidth=0.8,
-            ms=3,
-            label=f"{', '.join(key)} ({found['n'].max()} prompts)",
-            clip_on=False,
-        )
+        _fractions(ax, found, y, index, label=f"{', '.join(key)} ({found['n'].max()} prompts)", ms=3)
     ax.set_yticks(range(len(policies)), policies)
     ax.set_ylim(len(policies) - 0.5, -0.5)
     ax.tick_params(axis="y", length=0)
@@ -195,6 +176,20 @@ def _strip(ax: Axes, rows: pd.DataFrame, column: str) -> list[str]:
     ax.set_ylim(len(sides) - 0.5, -0.5)
     ax.tick_params(axis="y", length=0)
     return sides
+
+
+def _fractions(ax: Axes, rows: pd.DataFrame, y: list[float], series: int, **style) -> None:
+    """One series of fractions with their intervals."""
+    ax.errorbar(
+        rows["value"],
+        y,
+        xerr=[rows["value"] - rows["low"], rows["high"] - rows["value"]],
+        fmt=MARKERS[series],
+        color=PALETTE[series],
+        elinewidth=0.8,
+        clip_on=False,
+        **style,
+    )
 
 
 def _decades(values: pd.Series) -> tuple[float, float]:
