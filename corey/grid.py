@@ -17,6 +17,7 @@ import secrets
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -113,6 +114,8 @@ class _Collector:
     def __init__(self, client: Client, folders: Mapping[str, RunFolder]):
         self.client, self.folders = client, folders
         self.began: set[str] = set()
+        self.ended: set[str] = set()
+        self.writing = threading.Lock()
 
     def collect(self, tasks: list[Task]) -> None:
         """Hand out the tasks and write their outcomes as they come; a signal ends the runs and keeps what they have."""
@@ -146,7 +149,11 @@ class _Collector:
     def _keep(self, future, task: Task) -> None:
         if future.cancelled() and task.run not in self.began:
             return  # still queued
-        kept = self.folders[task.run].keep(_outcome(future))
+        outcome = _outcome(future)
+        future.release()  # or Dask would run it again if the worker that holds the result died now
+        with self.writing:
+            self.ended.add(task.run)
+            kept = self.folders[task.run].keep(outcome)
         print(f"{kept.state}: {task.run} {kept.device} {kept.duration_s:.1f} s {kept.reason}", flush=True)
 
     def _heal(self) -> None:
@@ -155,10 +162,12 @@ class _Collector:
             self.client.cluster.scale(len(self.client.cluster.worker_spec))
 
     def _note(self, event: tuple) -> None:
-        """A run began. This runs in the thread of Dask's loop, before the outcome of that run can have come."""
+        """A run began. This runs in the thread of Dask's loop. What has ended stays so: Dask may begin it once more."""
         where = dict(event[1])
         folder = self.folders.get(where.pop("run", None))
-        if folder is not None:
+        with self.writing:
+            if folder is None or folder.run in self.ended:
+                return
             self.began.add(folder.run)
             with contextlib.suppress(OSError):  # a full disk, which the outcome that follows will meet and report
                 folder.mark("running", **where)

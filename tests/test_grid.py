@@ -6,8 +6,9 @@ import signal
 import nbformat
 import pandas as pd
 import pytest
+from distributed import Client
 
-from corey import grid_points, grid_worker, paths, supervisor
+from corey import grid, grid_points, grid_worker, paths, supervisor
 from corey.faults import hostile
 from corey.faults.injected import start_box, start_scheduler
 from corey.faults.kills import KillPoints, overlaps
@@ -112,6 +113,20 @@ def test_a_crash_while_outputs_are_written_leaves_a_run_that_is_not_done(folder,
     with pytest.raises(OSError):
         folder.keep(Outcome("done", "", files={"notebook.ipynb": b"{2}"}))
     assert not folder.done()
+
+
+def test_a_run_that_has_ended_stays_so_when_dask_begins_it_again(tmp_path):
+    made = RunFolder(tmp_path, "0123456789abcdef", {}, {})
+    collector = grid._Collector(None, {made.run: made})
+    began = (0, {"run": made.run, "device": "cpu:0"})
+    with Client(processes=False, n_workers=1, dashboard_address=None) as client:
+        collector._note(began)
+        assert made.status()["state"] == "running"
+        ended = client.submit(Outcome, "done", "")
+        ended.result()
+        collector._keep(ended, supervisor.Task(made.run, "", NAME, {}, {}, 1, 1))
+    collector._note(began)
+    assert made.done()
 
 
 def test_rows_without_provenance_make_a_run_a_failed_one(folder):
