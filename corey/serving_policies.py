@@ -22,7 +22,7 @@ from corey.mamba_session import Session
 from corey.schedulers import ChunkRule, Scheduler, device_chunk, get_scheduler, guard, static
 
 CHUNK_SIZES = (128, 256, 512, 1024, 2048)
-PRICED_AT = (256, 512)  # the fastest static chunk of a 370M prefill on an H200, and the paper's
+PRICED_AT = (256, 512)  # the paper's best static chunk, and half of it
 EVERY_TOKENS, EVERY_LAYERS = 8, 4  # that the lighter forms of device-hist read
 BOUNDS = (-1.0, 3.0)  # of the fixed range: nearly all that a convolution with SiLU gives
 ENTROPY_LOW = 1e-3  # a reference entropy so low, in nats, that every input gets the largest chunk
