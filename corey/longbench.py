@@ -7,6 +7,7 @@ answer.
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -133,7 +134,9 @@ def _config(task: str) -> dict:
     """lm-eval's task file: prompt template, generation lengths and the metric's function."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    return load_yaml(str(files("lm_eval") / "tasks" / "longbench" / f"{task}.yaml"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using slow pure-python")  # fuzzywuzzy's, which these tasks do not call
+        return load_yaml(str(files("lm_eval") / "tasks" / "longbench" / f"{task}.yaml"))
 
 
 def _official_prompt(task: str, row: dict) -> str:
