@@ -1,9 +1,10 @@
 """One HTML report of what was run here: verdicts, every executed notebook, figures, provenance; `make reports`.
 
-build/reports/index.html is the first page. The folder holds all it links to and may be sent to someone; only the
-formulas in the notebooks are set by MathJax, which a browser fetches.
+build/reports/index.html is the first page. The folder holds all it links to and may be sent to someone: a page fetches
+nothing, and its formulas are MathML, which browsers set themselves.
 """
 
+import re
 import shutil
 import sys
 import tempfile
@@ -13,12 +14,15 @@ from pathlib import Path
 
 import nbformat
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 
 from corey import claims, figures, paths, results
 from corey.plots.ledger import COLOURS
 from corey.progress import progress
 
+FORMULA = re.compile(r"(`+).*?\1|(\$\$?)(?!\s)(.+?)(?<!\s)\2", re.DOTALL)  # code, in which a $ is a $, or a formula
+SCRIPT = re.compile(r'<script src="https?:[^>]*>\s*</script>')  # MathJax and RequireJS of nbconvert's template
 WIDGET = "application/vnd.jupyter.widget-view+json"
 NOT_RUN, FAILED, DONE = "not run here yet", "failed: as far as it came", "ran to its end"
 
@@ -53,12 +57,23 @@ def page(path: Path) -> str:
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if WIDGET not in output.get("data", {})]
+        elif cell.cell_type == "markdown":
+            cell.source = FORMULA.sub(_mathml, cell.source)
     html, _ = HTMLExporter(template_name="lab").from_notebook_node(
         notebook, resources={"metadata": {"name": path.stem.removesuffix(".failed")}}
     )
+    html = SCRIPT.sub("", html)
     for source in paths.NOTEBOOKS.glob("*.ipynb"):  # links between notebooks become links between pages
         html = html.replace(f'href="{source.name}"', f'href="{source.stem}.html"')
     return html
+
+
+def _mathml(found: re.Match) -> str:
+    code, dollars, formula = found.groups()
+    if code:
+        return found[0]
+    mathml = convert(formula, display="block" if dollars == "$$" else "inline")
+    return mathml.replace("<mi>ln</mi><mi>", '<mi>ln</mi><mspace width="0.17em"/><mi>')  # as TeX does
 
 
 def _executed() -> Path:

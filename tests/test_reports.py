@@ -67,6 +67,16 @@ def test_a_page_keeps_figures_and_text_and_drops_what_only_a_kernel_can_move(bui
     assert 'href="03_chunk_sweep.html"' in page
 
 
+def test_formulas_are_set_and_nothing_is_fetched(build):
+    source = "With $H_0 = \\ln K$ and\n\n$$\\frac{a}{b}$$\n\nbut `$HOME` or `$1`, for $5 and more."
+    path = build / "notebooks" / "05_cost_model.ipynb"
+    nbformat.write(new_notebook(cells=[new_markdown_cell(source)]), path)
+    page = reports.page(path)
+    assert page.count('display="inline"') == 1 and page.count('display="block"') == 1 and "<mfrac>" in page
+    assert "<code>$HOME</code> or <code>$1</code>, for $5 and more." in page
+    assert re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(?:https?:)?//', page) == []
+
+
 def test_a_run_that_failed_since_is_shown_as_far_as_it_came(build):
     executed(build, "05_cost_model")
     executed(build, "05_cost_model", ".failed", text="stopped here")
