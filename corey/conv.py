@@ -16,8 +16,8 @@ from corey import _conv_cuda
 from corey._check import bad_type, bad_value
 from corey._operands import DTYPES, check_dtype, check_operand, check_types, check_writable, refuse_gradient
 from corey._plans import is_eager
+from corey.chunk_rules import ChunkRule, _least_entropies
 from corey.entropy import histogram_entropy
-from corey.schedulers import ChunkRule, _least_entropies
 
 WIDTHS = (2, 3, 4)
 
@@ -49,7 +49,7 @@ class OutputHistogram:
         if len(ends) != 2 or not all(math.isfinite(end) for end in ends) or not ends[0] < ends[1]:
             raise bad_value("range", self.range, "a pair (lo, hi) of finite numbers with lo < hi")
         if self.rule is not None and not isinstance(self.rule, ChunkRule):
-            raise bad_type("rule", self.rule, "a corey.schedulers.ChunkRule or None")
+            raise bad_type("rule", self.rule, "a corey.chunk_rules.ChunkRule or None")
         if not isinstance(self.stride, int) or isinstance(self.stride, bool):
             raise bad_type("stride", self.stride, "an int")
         if not 1 <= self.stride < 2**31:

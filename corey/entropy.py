@@ -62,7 +62,7 @@ def entropy_chunk(
     """The chunk that `histogram_entropy` of all of `x` picks: 0-dim int32 on the device of `x`, not synchronised.
 
     least: entropies in nats, ascending, at most 32. The chunk is least_chunk, doubled for each of them that the entropy
-        reaches. On CUDA a NaN reaches none. `corey.schedulers.device_chunk` takes a `ChunkRule` instead.
+        reaches. On CUDA a NaN reaches none. `corey.chunk_rules.device_chunk` takes a `ChunkRule` instead.
     """
     _check_tensor(x)
     _check_bins(num_bins)

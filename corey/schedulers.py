@@ -1,4 +1,4 @@
-"""Chunk policies: the published entropy-to-chunk map, every published policy, and a rule from the shape alone.
+"""Chunk policies: every published one over the maps of `corey.chunk_rules`, and one that reads the shape alone.
 
 A scheduler is called `scheduler(u, layer=None) -> chunk_size` with u (B, D, L), the post-convolution input of the scan.
 `get_scheduler(name, **params)` builds one; `SCHEDULERS` lists the names. Each says what it `reads` and what it costs.
@@ -8,18 +8,18 @@ All answer with an int, except `device-hist` on CUDA: a 0-dim int32 tensor on th
 import json
 import math
 import random
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from corey._check import bad_type, bad_value
+from corey._check import bad_type, bad_value, check_count
 from corey._scan_cuda import default_chunk
-from corey.entropy import cheap_proxy, entropy_chunk, histogram_entropy, kurtosis_proxy, variance_proxy
+from corey.chunk_rules import ChunkRule, device_chunk, guard, powers_of_two, shape_chunk
+from corey.conv import OutputHistogram
+from corey.entropy import cheap_proxy, histogram_entropy, kurtosis_proxy, variance_proxy
 
 PUBLISHED_RANGES = {
     "kernel_legacy": (32, 512, 8.0),  # 8 is log2 256, a ceiling in bits that the kernel benchmarks divide nats by
@@ -28,107 +28,6 @@ PUBLISHED_RANGES = {
     "ablation": (128, 2048, math.log(256)),
 }
 """(c_min, c_max, h_ref) of each published experiment, for `ChunkRule(*PUBLISHED_RANGES[name])`."""
-
-
-@dataclass(frozen=True)
-class ChunkRule:
-    """The published map C = clip(2^round(log2(c_min + min(H / h_ref, 1) (c_max - c_min))), c_min, c_max).
-
-    c_min and c_max are powers of two with c_min <= c_max, in tokens; h_ref is in nats. The paper's code rounds the
-    exponent and its text takes the floor: rounding="round" or "floor". The kernel benchmarks' range starts at 32. A
-    chunk below 128 is a legal answer of this map and no legal chunk of `corey.scan`, whose tile is 128 tokens: a rule
-    that is to drive the scan has c_min >= 128.
-    """
-
-    c_min: int
-    c_max: int
-    h_ref: float
-    rounding: str = "round"
-
-    def __post_init__(self):
-        _check_power_of_two("c_min", self.c_min)
-        _check_power_of_two("c_max", self.c_max)
-        if self.c_max < self.c_min:
-            raise bad_value("c_max", self.c_max, f"at least c_min = {self.c_min}")
-        if not 0.0 < self.h_ref < math.inf:
-            raise bad_value("h_ref", self.h_ref, "a positive number of nats")
-        if self.rounding not in ("round", "floor"):
-            raise bad_value("rounding", repr(self.rounding), "'round' or 'floor'")
-
-    def __call__(self, entropy_nats: float) -> int:
-        """Chunk in tokens for an entropy in nats, at least 0; entropies above h_ref give c_max."""
-        if not 0.0 <= entropy_nats < math.inf:
-            raise bad_value("entropy_nats", entropy_nats, "a finite number, at least 0")
-        raw = self.c_min + min(entropy_nats / self.h_ref, 1.0) * (self.c_max - self.c_min)
-        exponent = math.floor(math.log2(raw)) if self.rounding == "floor" else round(math.log2(raw))
-        return min(max(2**exponent, self.c_min), self.c_max)
-
-
-def device_chunk(u: Tensor, rule: ChunkRule, num_bins: int = 256, range: tuple[float, float] | None = None) -> Tensor:
-    """`rule` of the histogram entropy of all of `u`, decided where `u` is: 0-dim int32, equal to what the rule says.
-
-    num_bins, range: as in `histogram_entropy`. On CUDA nothing is read by the host and a NaN gives c_min; on CPU it
-    raises. The map rises with the entropy, so the device compares with the least entropy of each chunk, found here by
-    bisection of the rule itself.
-    """
-    return entropy_chunk(u, num_bins, range, _least_entropies(rule), rule.c_min)
-
-
-@lru_cache
-def _least_entropies(rule: ChunkRule) -> tuple[float, ...]:
-    """For each chunk above c_min the least fp32 entropy in nats that gives it, infinity where none does."""
-    return tuple(_least_entropy(rule, chunk) for chunk in powers_of_two(rule.c_min, rule.c_max)[1:])
-
-
-def _least_entropy(rule: ChunkRule, chunk: int) -> float:
-    def number(bits: int) -> float:  # fp32 numbers from 0 up are ordered as their bits are
-        return struct.unpack("f", struct.pack("I", bits))[0]
-
-    below, reached = 0, 0x7F800000  # zero, infinity
-    while reached - below > 1:
-        middle = (below + reached) // 2
-        if rule(number(middle)) >= chunk:
-            reached = middle
-        else:
-            below = middle
-    return number(reached)
-
-
-def continuous_tile(entropy_nats: float) -> int:
-    """The tile of the paper's proposed fused kernel: T = 32 round((64 + min(e / 8, 1) 448) / 32), 64 to 512 tokens."""
-    if not 0.0 <= entropy_nats < math.inf:
-        raise bad_value("entropy_nats", entropy_nats, "a finite number, at least 0")
-    return 32 * round((64 + min(entropy_nats / 8.0, 1.0) * 448) / 32)
-
-
-def guard(chunk_size: int, fallback: int = 512, delta: float = 2.0) -> int:
-    """`fallback` where the choice is fewer than `delta` powers of two away from it, else the choice itself."""
-    _check_chunk("chunk_size", chunk_size)
-    _check_chunk("fallback", fallback)
-    return fallback if abs(math.log2(chunk_size) - math.log2(fallback)) < delta else chunk_size
-
-
-def shape_chunk(
-    batch: int, d_inner: int, seqlen: int, processors: int, *, c_min: int = 128, c_max: int = 2048, fill: int = 4
-) -> int:
-    """The largest chunk that still leaves every processor `fill` pieces of work; this project's rule, no data read.
-
-    A sequence cut into ceil(seqlen / C) chunks gives batch * d_inner * ceil(seqlen / C) pieces. Longer chunks hand on
-    fewer states, so the rule takes the largest power of two in [c_min, c_max] with at least fill * processors pieces,
-    and c_min where no chunk gives that many.
-    """
-    for name, count in (("batch", batch), ("d_inner", d_inner), ("processors", processors), ("fill", fill)):
-        _check_count(name, count, 1)
-    _check_count("seqlen", seqlen, 0)
-    candidates = powers_of_two(c_min, c_max)
-    filling = [c for c in candidates if batch * d_inner * math.ceil(seqlen / c) >= fill * processors]
-    return max(filling, default=c_min)
-
-
-def powers_of_two(c_min: int, c_max: int) -> list[int]:
-    """The powers of two from c_min to c_max, both included and both powers of two."""
-    rule = ChunkRule(c_min, c_max, 1.0)
-    return [2**e for e in range(rule.c_min.bit_length() - 1, rule.c_max.bit_length())]
 
 
 @dataclass(frozen=True)
@@ -169,7 +68,7 @@ def get_scheduler(name: str, **params) -> Scheduler:
 
 def static(chunk_size: int = 512) -> Scheduler:
     """The same chunk for every layer and input."""
-    _check_chunk("chunk_size", chunk_size)
+    check_count("chunk_size", chunk_size, 1)
     return Scheduler(f"static-{chunk_size}", "nothing", "nothing", lambda u, layer: chunk_size)
 
 
@@ -247,11 +146,9 @@ def device_hist(
     that counts on the way. stride: tokens between those that are counted. every: decides in the layers 0, every,
     2 every, ...; the others take the chunk `otherwise`. On CPU it is `hist` of these, an int.
     """
-    _check_count("stride", stride, 1)
-    _check_count("every", every, 1)
-    _check_chunk("otherwise", otherwise)
-    from corey.conv import OutputHistogram  # which itself imports this module
-
+    check_count("stride", stride, 1)
+    check_count("every", every, 1)
+    check_count("otherwise", otherwise, 1)
     chunk_rule = _rule(num_bins, **rule)
     share = "u" if stride == 1 else f"1/{stride} of u"
     passes = f"two passes over {share}" if range is None else f"one pass over {share}"
@@ -274,7 +171,7 @@ def device_hist(
 
 def sampled_hist(*, stride: int = 8, num_bins: int = 256, **rule) -> Scheduler:
     """Histogram entropy of every `stride`-th token."""
-    _check_count("stride", stride, 1)
+    check_count("stride", stride, 1)
     return _from_statistic(
         "sampled-hist",
         f"every {stride}-th token of u",
@@ -287,7 +184,7 @@ def sampled_hist(*, stride: int = 8, num_bins: int = 256, **rule) -> Scheduler:
 
 def token_hist(*, stride: int = 8, num_bins: int = 256, **rule) -> Scheduler:
     """Mean over every `stride`-th token of the entropy of that token's channels, each over the token's own range."""
-    _check_count("stride", stride, 1)
+    check_count("stride", stride, 1)
     return _from_statistic(
         "token-hist",
         f"every {stride}-th token of u, one histogram each",
@@ -318,7 +215,7 @@ def guarded(inner: Callable[..., Scheduler]) -> Callable[..., Scheduler]:
 
     def build(*, fallback: int = 512, delta: float = 2.0, **params) -> Scheduler:
         chosen = inner(**params)
-        _check_chunk("fallback", fallback)
+        check_count("fallback", fallback, 1)
         return Scheduler(
             f"guarded-{chosen.name}",
             chosen.reads,
@@ -396,7 +293,7 @@ SCHEDULERS: dict[str, Callable[..., Scheduler]] = {
 def _rule(
     num_bins: int, c_min: int = 128, c_max: int = 512, h_ref: float | None = None, rounding: str = "round"
 ) -> ChunkRule:
-    _check_count("num_bins", num_bins, 2)
+    check_count("num_bins", num_bins, 2)
     return ChunkRule(c_min, c_max, math.log(num_bins) if h_ref is None else h_ref, rounding)
 
 
@@ -413,8 +310,8 @@ def _proxy(name: str, proxy: Callable[[Tensor, int], Tensor], num_bins: int, rul
 
 
 def _table(name: str, rules: Mapping | str | Path | None, num_bins: int, stride: int, *, always: bool) -> Scheduler:
-    _check_count("stride", stride, 1)
-    _check_count("num_bins", num_bins, 2)
+    check_count("stride", stride, 1)
+    check_count("num_bins", num_bins, 2)
     default_chunk, entries = _parse_table(rules)
     asks = any("min_entropy" in entry or "max_entropy" in entry for entry in entries)
 
@@ -449,11 +346,11 @@ def _parse_table(rules: Mapping | str | Path | None) -> tuple[int, list[Mapping]
         rules = json.loads(Path(rules).read_text(encoding="utf-8"))
     if not isinstance(rules, Mapping) or set(rules) != {"default_chunk", "rules"}:
         raise bad_value("rules", rules, "{'default_chunk': int, 'rules': [...]}")
-    _check_chunk("default_chunk", rules["default_chunk"])
+    check_count("default_chunk", rules["default_chunk"], 1)
     for entry in rules["rules"]:
         if unknown := set(entry) - {"name", "chunk", *_TABLE_BOUNDS}:
             raise bad_value("rules", f"unknown keys {sorted(unknown)}", f"name, chunk, {', '.join(_TABLE_BOUNDS)}")
-        _check_chunk("chunk", entry.get("chunk"))
+        check_count("chunk", entry.get("chunk"), 1)
     return rules["default_chunk"], list(rules["rules"])
 
 
@@ -468,20 +365,3 @@ def _processors(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).multi_processor_count
     return torch.get_num_threads()
-
-
-def _check_chunk(name: str, chunk_size: object) -> None:
-    _check_count(name, chunk_size, 1)
-
-
-def _check_count(name: str, count: object, least: int) -> None:
-    if not isinstance(count, int) or isinstance(count, bool):
-        raise bad_type(name, count, "an int")
-    if count < least:
-        raise bad_value(name, count, f"at least {least}")
-
-
-def _check_power_of_two(name: str, value: object) -> None:
-    _check_count(name, value, 1)
-    if value & (value - 1):
-        raise bad_value(name, value, "a power of two")

@@ -15,11 +15,12 @@ from torch import Tensor
 from corey import benchmark
 from corey._check import bad_value
 from corey.ablation_policies import REFERENCE
+from corey.chunk_rules import ChunkRule, device_chunk, guard
 from corey.conv import OutputHistogram
 from corey.equivalence import compare_logits
 from corey.mamba import ChunkPolicy, Mamba
 from corey.mamba_session import Session
-from corey.schedulers import ChunkRule, Scheduler, device_chunk, get_scheduler, guard, static
+from corey.schedulers import Scheduler, get_scheduler, static
 
 CHUNK_SIZES = (128, 256, 512, 1024, 2048)
 PRICED_AT = (256, 512)  # the paper's best static chunk, and half of it

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from scan_inputs import LAYOUTS, lay_out, relative_error
 
+from corey.chunk_rules import ChunkRule, device_chunk
 from corey.conv import OutputHistogram, causal_conv1d, causal_conv1d_ref, causal_conv1d_update
 from corey.entropy import histogram_entropy
-from corey.schedulers import ChunkRule, device_chunk
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

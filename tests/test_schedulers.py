@@ -6,21 +6,17 @@ import math
 import pytest
 import torch
 
-from corey.entropy import histogram_entropy
-from corey.schedulers import (
-    PUBLISHED_RANGES,
-    SCHEDULERS,
+from corey.chunk_rules import (
     ChunkRule,
     _least_entropies,
     continuous_tile,
     device_chunk,
-    fit_oracle,
-    get_scheduler,
     guard,
     powers_of_two,
     shape_chunk,
-    split_runs,
 )
+from corey.entropy import histogram_entropy
+from corey.schedulers import PUBLISHED_RANGES, SCHEDULERS, fit_oracle, get_scheduler, split_runs
 
 HIGH = [(256, 512, 512, 2048), (256, 256, 256, 1024)]
 GOLDEN = {  # entropy -> chunk under each published range, (round, floor)

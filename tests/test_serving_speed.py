@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("transformers", minversion="5.15", reason="the peer is transformers' Mamba")
 
 from corey import mamba, peer, results, serving_policies, serving_speed
+from corey.chunk_rules import ChunkRule, device_chunk, guard
 from corey.cold_timing import Limits
 from corey.entropy import histogram_entropy
 from corey.kernel_times import kernel_times, parts_of_client, parts_of_prefill
@@ -19,7 +20,7 @@ from corey.mamba_session import Session
 from corey.mamba_weights import SHAPES, mamba_of, random_tensors
 from corey.paths import ROOT
 from corey.prefill_floors import prefill_floors
-from corey.schedulers import ChunkRule, device_chunk, guard, static
+from corey.schedulers import static
 from corey.serving_policies import GuardedRule
 from corey.serving_speed import TABLES, Task
 from corey.side_by_side import state_dropping_scan
