@@ -45,6 +45,30 @@ class ChunkRule:
         return min(max(2**exponent, self.c_min), self.c_max)
 
 
+@dataclass(frozen=True)
+class GuardedRule(ChunkRule):
+    """A `ChunkRule` behind `guard`, as one map from the entropy to the chunk that a device can take.
+
+    fallback, a power of two of tokens, and delta as in `guard`. The guarded map must still begin at c_min and end at
+    c_max: each is the fallback itself or at least delta doublings away from it.
+    """
+
+    fallback: int = 512
+    delta: float = 2.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_power_of_two("fallback", self.fallback)
+        for name in ("c_min", "c_max"):
+            chunk = getattr(self, name)
+            if guard(chunk, self.fallback, self.delta) != chunk:
+                raise bad_value(name, chunk, f"fallback = {self.fallback} or at least {self.delta} doublings from it")
+
+    def __call__(self, entropy_nats: float) -> int:
+        """Chunk in tokens for an entropy in nats, at least 0: that of the `ChunkRule`, guarded."""
+        return guard(super().__call__(entropy_nats), self.fallback, self.delta)
+
+
 def device_chunk(u: Tensor, rule: ChunkRule, num_bins: int = 256, range: tuple[float, float] | None = None) -> Tensor:
     """`rule` of the histogram entropy of all of `u`, decided where `u` is: 0-dim int32, equal to what the rule says.
 
@@ -86,6 +110,8 @@ def guard(chunk_size: int, fallback: int = 512, delta: float = 2.0) -> int:
     """`fallback` where the choice is fewer than `delta` powers of two away from it, else the choice itself."""
     check_count("chunk_size", chunk_size, 1)
     check_count("fallback", fallback, 1)
+    if not delta >= 0.0:
+        raise bad_value("delta", delta, "a number of doublings, at least 0")
     return fallback if abs(math.log2(chunk_size) - math.log2(fallback)) < delta else chunk_size
 
 

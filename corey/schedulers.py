@@ -2,14 +2,15 @@
 
 A scheduler is called `scheduler(u, layer=None) -> chunk_size` with u (B, D, L), the post-convolution input of the scan.
 `get_scheduler(name, **params)` builds one; `SCHEDULERS` lists the names. Each says what it `reads` and what it costs.
-All answer with an int, except `device-hist` on CUDA: a 0-dim int32 tensor on the device, which the scan takes as it is.
+All answer with an int, except `device-hist` and `guarded-device-hist` on CUDA: a 0-dim int32 tensor on the device,
+which the scan takes as it is.
 """
 
 import json
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from corey._check import bad_type, bad_value, check_count
 from corey._scan_cuda import default_chunk
-from corey.chunk_rules import ChunkRule, device_chunk, guard, powers_of_two, shape_chunk
+from corey.chunk_rules import ChunkRule, GuardedRule, device_chunk, guard, powers_of_two, shape_chunk
 from corey.conv import OutputHistogram
 from corey.entropy import cheap_proxy, histogram_entropy, kurtosis_proxy, variance_proxy
 
@@ -146,27 +147,23 @@ def device_hist(
     that counts on the way. stride: tokens between those that are counted. every: decides in the layers 0, every,
     2 every, ...; the others take the chunk `otherwise`. On CPU it is `hist` of these, an int.
     """
-    check_count("stride", stride, 1)
-    check_count("every", every, 1)
-    check_count("otherwise", otherwise, 1)
-    chunk_rule = _rule(num_bins, **rule)
-    share = "u" if stride == 1 else f"1/{stride} of u"
-    passes = f"two passes over {share}" if range is None else f"one pass over {share}"
-    reads = "all of u" if stride == 1 else f"every {stride}-th token of u"
-    reads += "" if every == 1 else f" in every {every}-th layer"
+    return _device_hist("device-hist", _rule(num_bins, **rule), num_bins, range, stride, every, otherwise)
 
-    def statistic(u: Tensor) -> Tensor:
-        return histogram_entropy(u[..., ::stride], num_bins, range)
 
-    def choose(u: Tensor, layer: int | None) -> int | Tensor:
-        if layer is not None and layer % every:
-            return otherwise
-        if u.is_cuda:
-            return device_chunk(u[..., ::stride], chunk_rule, num_bins, range)
-        return chunk_rule(float(statistic(u)))
-
-    on_the_way = None if range is None else OutputHistogram(range, num_bins, chunk_rule, stride)
-    return Scheduler("device-hist", reads, f"{passes} and no host read", choose, statistic, on_the_way, every)
+def guarded_device_hist(
+    *,
+    num_bins: int = 256,
+    range: tuple[float, float] | None = None,
+    stride: int = 1,
+    every: int = 1,
+    otherwise: int = 512,
+    fallback: int = 512,
+    delta: float = 2.0,
+    **rule,
+) -> Scheduler:
+    """`device_hist` behind the guard, which is part of the map on the device: its parameters and a `GuardedRule`'s."""
+    guarded_rule = GuardedRule(**asdict(_rule(num_bins, **rule)), fallback=fallback, delta=delta)
+    return _device_hist("guarded-device-hist", guarded_rule, num_bins, range, stride, every, otherwise)
 
 
 def sampled_hist(*, stride: int = 8, num_bins: int = 256, **rule) -> Scheduler:
@@ -279,6 +276,7 @@ SCHEDULERS: dict[str, Callable[..., Scheduler]] = {
     "variance-proxy": variance,
     "kurtosis-proxy": kurtosis,
     "guarded-hist": guarded(hist),
+    "guarded-device-hist": guarded_device_hist,
     "guarded-sampled-hist": guarded(sampled_hist),
     "guarded-token-hist": guarded(token_hist),
     "guarded-cheap-proxy": guarded(cheap),
@@ -302,6 +300,37 @@ def _from_statistic(
 ) -> Scheduler:
     chunk_rule = _rule(num_bins, **rule)
     return Scheduler(name, reads, cost, lambda u, layer: chunk_rule(float(statistic(u))), statistic)
+
+
+def _device_hist(
+    name: str,
+    rule: ChunkRule,
+    num_bins: int,
+    range: tuple[float, float] | None,
+    stride: int,
+    every: int,
+    otherwise: int,
+) -> Scheduler:
+    check_count("stride", stride, 1)
+    check_count("every", every, 1)
+    check_count("otherwise", otherwise, 1)
+    share = "u" if stride == 1 else f"1/{stride} of u"
+    passes = f"two passes over {share}" if range is None else f"one pass over {share}"
+    reads = "all of u" if stride == 1 else f"every {stride}-th token of u"
+    reads += "" if every == 1 else f" in every {every}-th layer"
+
+    def statistic(u: Tensor) -> Tensor:
+        return histogram_entropy(u[..., ::stride], num_bins, range)
+
+    def choose(u: Tensor, layer: int | None) -> int | Tensor:
+        if layer is not None and layer % every:
+            return otherwise
+        if u.is_cuda:
+            return device_chunk(u[..., ::stride], rule, num_bins, range)
+        return rule(float(statistic(u)))
+
+    on_the_way = None if range is None else OutputHistogram(range, num_bins, rule, stride)
+    return Scheduler(name, reads, f"{passes} and no host read", choose, statistic, on_the_way, every)
 
 
 def _proxy(name: str, proxy: Callable[[Tensor, int], Tensor], num_bins: int, rule: dict) -> Scheduler:

@@ -635,10 +635,11 @@ def test_graphs_give_the_bits_of_eager_calls(name, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ("device-hist", "guarded-device-hist"))
 @pytest.mark.parametrize("given", ({}, {"stride": 8}, {"stride": 8, "every": 4, "otherwise": 256}))
-def test_a_decision_on_the_way_is_the_one_of_the_policy(given, monkeypatch):
+def test_a_decision_on_the_way_is_the_one_of_the_policy(name, given, monkeypatch):
     model = load_mamba(device="cuda", dtype=bf16)
-    policy, asked, used = get_scheduler("device-hist", range=(-1.0, 3.0), **given), [], []
+    policy, asked, used = get_scheduler(name, range=(-1.0, 3.0), **given), [], []
     scan = mamba.selective_scan
 
     def spy(u, *args, chunk_size, **options):

@@ -8,6 +8,7 @@ import torch
 
 from corey.chunk_rules import (
     ChunkRule,
+    GuardedRule,
     _least_entropies,
     continuous_tile,
     device_chunk,
@@ -15,9 +16,11 @@ from corey.chunk_rules import (
     powers_of_two,
     shape_chunk,
 )
+from corey.conv import OutputHistogram
 from corey.entropy import histogram_entropy
 from corey.schedulers import PUBLISHED_RANGES, SCHEDULERS, fit_oracle, get_scheduler, split_runs
 
+LN256 = math.log(256)
 HIGH = [(256, 512, 512, 2048), (256, 256, 256, 1024)]
 GOLDEN = {  # entropy -> chunk under each published range, (round, floor)
     0.19: [(32, 64, 128, 256), (32, 32, 128, 128)],
@@ -116,17 +119,68 @@ def test_device_hist_may_sample_tokens_and_layers():
     assert light(u) == decided and (light.every, light.on_the_way.stride) == (3, 4)
 
 
+@pytest.mark.parametrize("rounding", ["round", "floor"])
+@pytest.mark.parametrize(
+    ("bounds", "guarding"),
+    [
+        ((128, 512), {}),
+        ((128, 2048), {}),
+        ((32, 4096), {"delta": 3.0}),
+        ((64, 256), {"fallback": 256}),
+        ((128, 1024), {"fallback": 128, "delta": 3}),
+        ((128, 2048), {"delta": 0.0}),
+        ((128, 512), {"fallback": 4096}),
+    ],
+)
+def test_the_guarded_map_is_the_guard_of_the_map_on_the_host_and_on_the_device(bounds, guarding, rounding):
+    rule, guarded = ChunkRule(*bounds, 5.0, rounding), GuardedRule(*bounds, 5.0, rounding, **guarding)
+    least = _least_entropies(guarded)
+    for entropy in [float(torch.tensor(step / 500)) for step in range(3000)]:  # fp32 numbers of nats
+        want = guard(rule(entropy), **guarding)
+        assert guarded(entropy) == want
+        assert guarded.c_min << sum(entropy >= each for each in least) == want
+
+
+@pytest.mark.parametrize("c_max", [512, 2048])
+def test_guarded_device_hist_is_guarded_hist_on_the_cpu(c_max):
+    device, host = (get_scheduler(name, c_max=c_max) for name in ("guarded-device-hist", "guarded-hist"))
+    found = set()
+    for power in (1, 3, 5, 9, 15, 29):
+        u = scan_input() ** power
+        assert type(device(u)) is int and device(u) == host(u) == int(device_chunk(u, GuardedRule(128, c_max, LN256)))
+        found.add(device(u))
+    assert found == {128, 512} | {c_max}
+
+
+def test_guarded_device_hist_hands_every_parameter_on():
+    u = scan_input() ** 9
+    given = {"num_bins": 64, "range": (-1.0, 1.0), "c_min": 256, "c_max": 4096, "h_ref": 3.0, "rounding": "floor"}
+    light = {"stride": 4, "every": 3, "otherwise": 256}
+    scheduler = get_scheduler("guarded-device-hist", **given, **light, fallback=1024, delta=1.5)
+    rule = GuardedRule(256, 4096, 3.0, "floor", 1024, 1.5)
+    assert scheduler.on_the_way == OutputHistogram((-1.0, 1.0), 64, rule, 4) and scheduler.every == 3
+    assert scheduler.statistic(u) == histogram_entropy(u[..., ::4], 64, (-1.0, 1.0))
+    decided = rule(float(scheduler.statistic(u)))
+    assert [scheduler(u, layer=layer) for layer in range(5)] == [decided, 256, 256, decided, 256] and decided != 256
+    assert get_scheduler("guarded-device-hist").on_the_way is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("bounds", [None, (-4.0, 4.0)], ids=["own", "fixed"])
-def test_device_hist_leaves_the_chunk_on_the_device_without_waiting(bounds):
-    u, scheduler = (scan_input() ** 3).cuda(), get_scheduler("device-hist", range=bounds, c_max=2048)
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [("device-hist", ChunkRule(128, 2048, LN256)), ("guarded-device-hist", GuardedRule(128, 2048, LN256))],
+    ids=["plain", "guarded"],
+)
+def test_device_hist_leaves_the_chunk_on_the_device_without_waiting(name, rule, bounds):
+    u, scheduler = (scan_input() ** 3).cuda(), get_scheduler(name, range=bounds, c_max=2048)
     torch.cuda.set_sync_debug_mode("error")
     try:
         chunk = scheduler(u, layer=3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert (chunk.dtype, chunk.shape, chunk.device) == (torch.int32, (), u.device)
-    assert int(chunk) == ChunkRule(128, 2048, math.log(256))(float(scheduler.statistic(u)))
+    assert int(chunk) == rule(float(scheduler.statistic(u)))
 
 
 def test_the_continuous_tile_gives_the_published_288():
@@ -304,6 +358,16 @@ def test_the_shape_policy_reads_no_value():
         (ValueError, "stride", lambda: get_scheduler("sampled-hist", stride=0)),
         (ValueError, "num_bins", lambda: get_scheduler("hist", num_bins=1)),
         (ValueError, "fallback", lambda: get_scheduler("guarded-hist", fallback=0)),
+        (ValueError, "c_min", lambda: GuardedRule(256, 2048, 5.0)),
+        (ValueError, "c_max", lambda: GuardedRule(128, 1024, 5.0)),
+        (ValueError, "fallback", lambda: GuardedRule(64, 2048, 5.0, fallback=300)),
+        (ValueError, "delta", lambda: GuardedRule(128, 512, 5.0, delta=math.nan)),
+        (ValueError, "delta", lambda: guard(128, delta=-1.0)),
+        (ValueError, "c_max", lambda: get_scheduler("guarded-device-hist", c_max=1024)),
+        (ValueError, "stride", lambda: get_scheduler("guarded-device-hist", stride=0)),
+        (ValueError, "every", lambda: get_scheduler("device-hist", every=0)),
+        (ValueError, "every", lambda: get_scheduler("guarded-device-hist", every=0)),
+        (TypeError, "otherwise", lambda: get_scheduler("guarded-device-hist", otherwise=None)),
         (ValueError, "processors", lambda: get_scheduler("shape", processors=0)),
         (TypeError, "u", lambda: get_scheduler("static")([1.0])),
         (ValueError, "u", lambda: get_scheduler("static")(torch.rand(8, 256))),
