@@ -5,7 +5,6 @@ decision and the way of the chunk to the scan, and not the effect of another chu
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import pandas as pd
@@ -13,53 +12,17 @@ import torch
 from torch import Tensor
 
 from corey import benchmark
-from corey._check import bad_value
 from corey.ablation_policies import REFERENCE
-from corey.chunk_rules import ChunkRule, device_chunk, guard
-from corey.conv import OutputHistogram
 from corey.equivalence import compare_logits
 from corey.mamba import ChunkPolicy, Mamba
 from corey.mamba_session import Session
-from corey.schedulers import Scheduler, get_scheduler, static
+from corey.schedulers import get_scheduler, static
 
 CHUNK_SIZES = (128, 256, 512, 1024, 2048)
 PRICED_AT = (256, 512)  # the paper's best static chunk, and half of it
 EVERY_TOKENS, EVERY_LAYERS = 8, 4  # that the lighter forms of device-hist read
 BOUNDS = (-1.0, 3.0)  # of the fixed range: nearly all that a convolution with SiLU gives
 ENTROPY_LOW = 1e-3  # a reference entropy so low, in nats, that every input gets the largest chunk
-
-
-@dataclass(frozen=True)
-class GuardedRule(ChunkRule):
-    """A `ChunkRule` behind `guard`, as one map from the entropy to the chunk that a device can take.
-
-    fallback and delta as in `guard`. The guarded map must still begin at c_min and end at c_max.
-    """
-
-    fallback: int = 512
-    delta: float = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("c_min", "c_max"):
-            chunk = getattr(self, name)
-            if guard(chunk, self.fallback, self.delta) != chunk:
-                raise bad_value(name, chunk, f"fallback = {self.fallback} or at least {self.delta} doublings from it")
-
-    def __call__(self, entropy_nats: float) -> int:
-        return guard(super().__call__(entropy_nats), self.fallback, self.delta)
-
-
-def guarded_device_hist(rule: GuardedRule, range: tuple[float, float], num_bins: int = 256) -> Scheduler:
-    """`device-hist` over a fixed range with a guarded rule; on a CPU it answers with an int, as that does."""
-
-    def choose(u: Tensor, layer: int | None) -> int | Tensor:
-        chunk = device_chunk(u, rule, num_bins, range)
-        return chunk if u.is_cuda else int(chunk)
-
-    cost = "one pass over u and no host read"
-    on_the_way = OutputHistogram(range, num_bins, rule)
-    return Scheduler("guarded-device-hist", "all of u", cost, choose, on_the_way=on_the_way)
 
 
 def priced_policies(chunk_size: int, device="cpu") -> dict[str, ChunkPolicy]:
@@ -71,6 +34,8 @@ def priced_policies(chunk_size: int, device="cpu") -> dict[str, ChunkPolicy]:
     rule = {"c_max": chunk_size, "h_ref": ENTROPY_LOW}
     fixed = rule | {"range": BOUNDS}
     light = fixed | {"stride": EVERY_TOKENS}
+    fourth = light | {"every": EVERY_LAYERS, "otherwise": chunk_size}
+    guarding = {"c_min": chunk_size // 4, "fallback": chunk_size}  # two doublings apart, as delta asks
     there = torch.tensor(chunk_size, dtype=torch.int32, device=device)
     return {
         "static": static(chunk_size),
@@ -80,11 +45,10 @@ def priced_policies(chunk_size: int, device="cpu") -> dict[str, ChunkPolicy]:
         "device-hist, own range": get_scheduler("device-hist", **rule),
         "device-hist, fixed range": get_scheduler("device-hist", **fixed),
         "device-hist, every 8th token": get_scheduler("device-hist", **light),
-        "device-hist, every 8th token and 4th layer": get_scheduler(
-            "device-hist", every=EVERY_LAYERS, otherwise=chunk_size, **light
-        ),
-        "guarded-device-hist": guarded_device_hist(
-            GuardedRule(chunk_size // 4, chunk_size, ENTROPY_LOW, fallback=chunk_size), BOUNDS
+        "device-hist, every 8th token and 4th layer": get_scheduler("device-hist", **fourth),
+        "guarded-device-hist": get_scheduler("guarded-device-hist", **guarding, **fixed),
+        "guarded-device-hist, every 8th token and 4th layer": get_scheduler(
+            "guarded-device-hist", **guarding, **fourth
         ),
     }
 

@@ -11,9 +11,7 @@ import torch
 pytest.importorskip("transformers", minversion="5.15", reason="the peer is transformers' Mamba")
 
 from corey import mamba, peer, results, serving_policies, serving_speed
-from corey.chunk_rules import ChunkRule, device_chunk, guard
 from corey.cold_timing import Limits
-from corey.entropy import histogram_entropy
 from corey.kernel_times import kernel_times, parts_of_client, parts_of_prefill
 from corey.mamba import MambaConfig
 from corey.mamba_session import Session
@@ -21,13 +19,13 @@ from corey.mamba_weights import SHAPES, mamba_of, random_tensors
 from corey.paths import ROOT
 from corey.prefill_floors import prefill_floors
 from corey.schedulers import static
-from corey.serving_policies import GuardedRule
 from corey.serving_speed import TABLES, Task
 from corey.side_by_side import state_dropping_scan
 
 TINY = MambaConfig(d_model=32, n_layer=2, vocab_size=64, d_inner=64, dt_rank=8, d_state=8)
 LIMITS = Limits(multiprocessors=132, clock_hz=1.98e9, copy_bytes_per_s=4e12)
 FLOPS = 7.5e14
+GUARDED = {"guarded-device-hist", "guarded-device-hist, every 8th token and 4th layer"}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +68,7 @@ def test_every_set_has_its_rows(sets, tmp_path, monkeypatch):
     assert 0 < logits.decided == logits.decided_equal <= 30
     assert sets["serving_speed_bits"].groupby("prompt_tokens").scheduler.size().nunique() == 1
     assert sets["serving_speed_bits"][["logits_bitwise_equal", "tokens_equal"]].all(axis=None)
-    assert set(sets["serving_speed_policies"].scheduler) > {"static", "table", "guarded-device-hist"}
+    assert set(sets["serving_speed_policies"].scheduler) > {"static", "table", *GUARDED}
 
 
 def test_every_column_is_in_the_data_dictionary(sets):
@@ -109,24 +107,11 @@ def test_the_share_of_a_policy_is_that_of_the_prefill_with_it(pair, monkeypatch)
     assert math.isnan(rows.share["static"])
 
 
-@pytest.mark.parametrize("c_max", [512, 2048])
-def test_the_guarded_map_on_the_device_is_the_guard_of_the_published_map(c_max):
-    rule, guarded = ChunkRule(128, c_max, math.log(256)), GuardedRule(128, c_max, math.log(256))
-    found = set()
-    for scale in (0.0, 1e-3, 0.03, 0.2, 1.0):  # from one value to a normal distribution
-        u = (scale * torch.randn(1, 8, 300, generator=torch.Generator().manual_seed(1))).clamp(-1, 3)
-        entropy = float(histogram_entropy(u, 256, (-1.0, 3.0)))
-        chunk = int(device_chunk(u, guarded, 256, (-1.0, 3.0)))
-        assert chunk == guard(rule(entropy)) == guarded(entropy)
-        found.add(chunk)
-    assert len(found) > 1
-
-
-def test_a_guard_that_reaches_the_ends_of_the_map_is_refused():
-    with pytest.raises(ValueError, match=r"c_min: got 256, want fallback = 512 or at least 2\.0 doublings"):
-        GuardedRule(256, 2048, 5.0)
-    with pytest.raises(ValueError, match="c_max: got 1024"):
-        GuardedRule(128, 1024, 5.0)
+@pytest.mark.parametrize("chunk_size", serving_policies.PRICED_AT)
+def test_every_priced_policy_answers_with_the_chunk_it_is_priced_at(chunk_size):
+    u = 1e-3 * torch.randn(1, 8, 300, generator=torch.Generator().manual_seed(1))  # within one or two bins
+    for name, policy in serving_policies.priced_policies(chunk_size).items():
+        assert [policy(u, layer) for layer in range(5)] == [chunk_size] * 5, name
 
 
 ONE_LAYER = ["add_rms_norm", "nvjet_tst_128x256", "causal_conv1d_token_major", "histogram_entropy", "nvjet_splitK_64x8",
@@ -244,4 +229,4 @@ def test_captured_policies_have_the_bits_of_the_reference():
     model = mamba_of(TINY, random_tensors(TINY, device="cuda", dtype=torch.bfloat16), dtype=torch.bfloat16)
     rows = serving_policies.bit_rows(model, ids_of(700).cuda(), new_tokens=4)
     assert rows[["logits_bitwise_equal", "tokens_equal"]].all(axis=None)
-    assert len(serving_policies.price_rows(model, ids_of(700).cuda(), rounds=5, seed=0)) == 18
+    assert len(serving_policies.price_rows(model, ids_of(700).cuda(), rounds=5, seed=0)) == 20
