@@ -13,6 +13,7 @@ from corey._scan_args import TILE, check_chunk_size, check_tensors
 
 SOURCE = "selective_scan.cu"
 THREADS, EACH = 128, 8  # as in the kernel: threads a block, elements a thread takes at a time
+CARRY_THREADS = 64  # small blocks, which spread over all multiprocessors
 TOKENS_A_THREAD, CHANNELS_A_THREAD, THREADS_ON_TOKENS, THREADS_ON_CHANNELS = range(4)
 VECTORS_OF_TOKENS, VECTORS_OF_STATES, STRIDED, CONSTANT = range(4)
 
@@ -207,7 +208,7 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
     chunk = _chunk(blocks, tiles, torch.cuda.get_device_properties(device).multi_processor_count, chunk_size)
     split = isinstance(chunk_size, torch.Tensor) or chunk < tiles
     pieces = blocks * (tiles if isinstance(chunk_size, torch.Tensor) else -(-tiles // chunk))
-    rows_of_state = -(-batch * channels * states // 128)
+    rows_of_state = -(-batch * channels * states // CARRY_THREADS)
     if max(pieces, rows_of_state, length + TILE) >= 2**31:
         raise bad_value("u", f"shape {tuple(u.shape)}", "fewer than 2^31 tokens a sequence and 2^31 blocks of work")
 
@@ -221,7 +222,7 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
     if split:
         launches = (
             launch("scan_states", shared=without),
-            launch("scan_carry", rows_of_state, 128),
+            launch("scan_carry", rows_of_state, CARRY_THREADS),
             launch("scan_outputs", shared=with_outputs),
         )
     else:
@@ -237,17 +238,15 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
 def _chunk(blocks, tiles, processors, chunk_size):
     """Tiles a chunk. A split sequence has every exp computed twice, so one pass wins once it keeps the GPU busy.
 
-    One pass takes as long as its slowest multiprocessor, so a little more than one block for each pays for two.
+    One pass takes as long as its slowest multiprocessor, so a little more than one block for each pays for two. Where
+    a sequence is split, more than four tiles a chunk save nothing, and 16 blocks a multiprocessor keep it even.
     """
     busy = blocks / processors
     if isinstance(chunk_size, int):
         return min(chunk_size // TILE, tiles)
-    if isinstance(chunk_size, torch.Tensor) or 0.87 <= busy <= 1 or busy >= 1.2:
+    if isinstance(chunk_size, torch.Tensor) or 0.87 <= busy <= 1 or busy >= 1.25:
         return tiles
-    chunk = 1
-    while 2 * chunk < tiles and blocks * tiles // (2 * chunk) >= 16 * processors:
-        chunk *= 2
-    return chunk
+    return min(max(1, blocks * tiles // (16 * processors)), 4, tiles)
 
 
 def default_chunk(batch, d_inner, seqlen, processors, d_state=16):

@@ -141,13 +141,14 @@ class Mamba:
         for i, layer in enumerate(self.layers):
             x, residual = add_rms_norm(x, residual, layer.norm, self.config.norm_epsilon)  # (B, L, d_model), twice
             before = (None, None) if state is None else (state.conv[i], state.ssm[i])
-            x, *states = _mix(layer, x, *before, chunk_policy, i)  # (B, L, d_model)
+            only = last_only and i == len(self.layers) - 1  # nothing reads the others
+            x, *states = _mix(layer, x, *before, chunk_policy, i, only)  # (B, L, d_model), or (B, 1, d_model)
             after.append(states)
         if state is not None:  # two launches, where a copy a layer would be two a layer
             torch.stack([conv for conv, _ in after], out=state.conv)
             torch.stack([ssm for _, ssm in after], out=state.ssm)
         if last_only:
-            x, residual = x[:, -1:], residual[:, -1:]  # (B, 1, d_model)
+            residual = residual[:, -1:]  # (B, 1, d_model)
         return self._logits(x, residual)
 
     def step(self, ids: Tensor, state: State) -> Tensor:
@@ -189,9 +190,15 @@ class Mamba:
 
 
 def _mix(
-    layer: Layer, x: Tensor, conv: Tensor | None, ssm: Tensor | None, chunk_policy: ChunkPolicy | None, index: int
+    layer: Layer,
+    x: Tensor,
+    conv: Tensor | None,
+    ssm: Tensor | None,
+    chunk_policy: ChunkPolicy | None,
+    index: int,
+    last_only: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The mixer over L tokens: (B, L, d_model) -> the same, and both states after the last token.
+    """The mixer over L tokens: (B, L, d_model) -> the same, or the last token's, and both states after that.
 
     Every transposed tensor is a view: the convolution and the scan read and write token-major memory.
     """
@@ -228,6 +235,7 @@ def _mix(
         initial_state=ssm,
         chunk_size=chunk_size,
     )  # (B, D, L), (B, D, N)
+    y = y[:, :, -1:] if last_only else y
     return F.linear(y.transpose(1, 2), layer.out_proj), conv, ssm  # (B, L, d_model)
 
 

@@ -54,7 +54,7 @@ BREAKS = {
     "carry dropped": ("return H == 0.f ? s : fmaf(ex2(__fmul_rn(A, sum)), H, s);", "return s;"),
     "carry stale": ("if (FIND_Y) H[i] = carry(A[i], sum, H[i], s[i]);", ""),
     "tail dropped": ("w.end = min(w.first + chunk, p.length);", "w.end = min(w.first + chunk, p.length / 8 * 8);"),
-    "last state lost": ("  p.last[i] = H;\n", ""),
+    "last state lost": ("  p.last[i] = chain.H;\n", ""),
     "beyond the end": ("if (!ALL && t0 + t >= w.end) step[e] = 0.f;", ""),
 }
 
