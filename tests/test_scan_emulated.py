@@ -42,6 +42,20 @@ def test_values_are_right_and_chunks_never_change_a_bit(case, emulated):  # noqa
         assert torch.equal(y_chunked, y) and torch.equal(last_chunked, last)
 
 
+def skip_tiles(source):
+    old = "    chain.load(now, first + 2 * Chain::AHEAD);\n"
+    assert source.count(old) == 1
+    return source.replace(old, "")
+
+
+@pytest.mark.parametrize("change, right", [(None, True), (skip_tiles, False)], ids=["as it is", "tiles not loaded"])
+def test_many_tiles_are_linked(change, right, emulated):  # noqa: F811
+    inputs = make_inputs(batch=1, dim=8, length=128 * 70 + 5, memory="long", options=OPTIONS)  # linking loads 32 at a time
+    y, last = emulated(inputs, 128 * 71, change)
+    y_chunked, last_chunked = emulated(inputs, 128, change)
+    assert (torch.equal(y_chunked, y) and torch.equal(last_chunked, last)) == right
+
+
 def test_layouts_give_the_same_bits(emulated):  # noqa: F811
     case = {"batch": 2, "dim": 40, "length": 300, "options": OPTIONS}
     want = emulated(make_inputs(**case), None)
