@@ -186,7 +186,7 @@ def _both(claim: dict) -> list[dict]:
 
 
 def _inside(row, bounds: set[float]) -> list[float]:
-    """The ends of a row's interval, the bounds inside it and the middles between: every value inside is judged like one."""
+    """Values inside the interval of a row; every other value inside is judged like one of them."""
     if pd.isna(row.low):
         return [row.value]
     places = sorted({row.low, row.high} | {bound for bound in bounds if row.low < bound < row.high})
