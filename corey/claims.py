@@ -8,6 +8,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterable
+from itertools import pairwise, product
 
 import pandas as pd
 import yaml
@@ -22,6 +23,7 @@ FAILS = "does not hold"
 NOT_MEASURED = "not yet measured"
 UNTESTABLE = "cannot be tested here"
 VERDICTS = (HOLDS, OTHER_REASON, FAILS, NOT_MEASURED, UNTESTABLE)
+MEANING = "not resolved: the interval of the measurement allows another verdict"
 TIERS = ("entropy", "Hadamard", "cost model", "kernel timing", "end to end")
 
 REQUIRED = {"id", "tier", "claim", "published", "where"}
@@ -82,11 +84,33 @@ def judge(claim: dict, rows: pd.DataFrame) -> str:
     return HOLDS if reason else OTHER_REASON
 
 
+def is_resolved(claim: dict, rows: pd.DataFrame) -> bool:
+    """Whether every choice of values from inside the intervals of its evidence gives a claim the verdict of `judge`.
+
+    A row without an interval is exact, and a claim that is not yet measured has no verdict to doubt.
+    """
+    verdict = judge(claim, rows)
+    rows = _deciding(claim, rows)
+    bounds = {bound for each in _both(claim) for bound in _bounds(each)}
+    inside = [_inside(row, bounds) for row in rows.itertuples()]
+    return verdict == NOT_MEASURED or all(
+        judge(claim, rows.assign(value=values, low=values, high=values)) == verdict for values in product(*inside)
+    )
+
+
+def doubt(resolved: bool) -> str:
+    """What follows a verdict where it is shown for one claim: nothing, or that it is not resolved."""
+    return "" if resolved else ", not resolved"
+
+
 def table(source: str = "all") -> pd.DataFrame:
-    """One row per claim: id, tier, claim, published, where, verdict, measured, device, source, notebook, figure, note.
+    """One row per claim, with these columns.
+
+    id, tier, claim, published, where, verdict, resolved, measured, device, source, notebook, figure, note.
 
     `source` is "live", "committed" or "all", which judges each claim by this machine's rows and turns to the committed
-    ones where these decide nothing. `measured` lists each condition's evidence; `note` says why there is no verdict.
+    ones where these decide nothing. `resolved` is told by `is_resolved`; `measured` lists each condition's evidence;
+    `note` says why there is no verdict.
     """
     if source not in ("live", "committed", "all"):
         raise bad_value("source", repr(source), "'live', 'committed' or 'all'")
@@ -103,9 +127,8 @@ def markdown(rows: pd.DataFrame) -> str:
         link = f"[{number}](notebooks/{row.notebook}.ipynb)" if row.measured else number
         figure = f"[{row.figure}](figures/{row.figure}.png)" if row.figure else ""
         measured = row.measured or row.note
-        lines.append(
-            _cells((row.id, row.claim, f"**{row.verdict}**", row.published, measured, row.device, link, figure))
-        )
+        verdict = f"**{row.verdict}**{doubt(row.resolved)}"
+        lines.append(_cells((row.id, row.claim, verdict, row.published, measured, row.device, link, figure)))
     return "\n".join(lines)
 
 
@@ -116,8 +139,7 @@ def _cells(texts: Iterable) -> str:
 def _line(claim: dict, pools: list[pd.DataFrame]) -> dict:
     verdicts = [judge(claim, rows) for rows in pools]
     deciding = next((index for index, verdict in enumerate(verdicts) if verdict != NOT_MEASURED), 0)
-    rows = _relevant(claim, pools[deciding])
-    rows = rows[rows["quantity"].isin([each["quantity"] for each in claim["reproduced"] + claim["reason"]])]
+    rows = _deciding(claim, pools[deciding])
     verdict = verdicts[deciding]
     return {
         "id": claim["id"],
@@ -126,6 +148,7 @@ def _line(claim: dict, pools: list[pd.DataFrame]) -> dict:
         "published": claim["published"].strip(),
         "where": claim["where"],
         "verdict": verdict,
+        "resolved": is_resolved(claim, rows),
         "measured": "; ".join(_measured(row) for row in rows.itertuples()),
         "device": "; ".join(sorted(set(rows["device"]))),
         "source": ", ".join(sorted(set(rows["source"]))),
@@ -151,6 +174,27 @@ def _measured(row) -> str:
 def _relevant(claim: dict, rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows[rows["claim"] == claim["id"]]
     return rows[~rows["device"].map(results.is_cpu).astype(bool)] if claim.get("gpu") else rows
+
+
+def _deciding(claim: dict, rows: pd.DataFrame) -> pd.DataFrame:
+    rows = _relevant(claim, rows)
+    return rows[rows["quantity"].isin([each["quantity"] for each in _both(claim)])]
+
+
+def _both(claim: dict) -> list[dict]:
+    return claim["reproduced"] + claim["reason"]
+
+
+def _inside(row, bounds: set[float]) -> list[float]:
+    """Values inside the interval of a row; every other value inside is judged like one of them."""
+    if pd.isna(row.low):
+        return [row.value]
+    places = sorted({row.low, row.high} | {bound for bound in bounds if row.low < bound < row.high})
+    return [*places, *((left + right) / 2 for left, right in pairwise(places))]
+
+
+def _bounds(condition: dict) -> list:
+    return condition["bound"] if condition["op"] == "within" else [condition["bound"]]
 
 
 def _all_true(conditions: list[dict], rows: pd.DataFrame) -> bool | None:
@@ -199,8 +243,7 @@ def _check_condition(where: str, condition: dict) -> None:
         raise bad_value(where, sorted(condition), "quantity, op, bound and perhaps of")
     if condition["op"] not in COMPARE or condition.get("of", "value") not in ("value", "low", "high"):
         raise bad_value(where, condition, f"op in {list(COMPARE)}, of in value, low, high")
-    bounds: Iterable = condition["bound"] if condition["op"] == "within" else [condition["bound"]]
-    if not all(isinstance(bound, (int, float)) for bound in bounds):
+    if not all(isinstance(bound, (int, float)) for bound in _bounds(condition)):
         raise bad_value(where, condition["bound"], "a number, or two for within")
 
 
@@ -214,8 +257,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(markdown(rows))
         return 0
     rows["evidence"] = [row.measured or row.note for row in rows.itertuples()]
-    shown = rows[["id", "claim", "verdict", "evidence", "device"]]
+    shown = rows[["id", "claim", "verdict", "evidence", "device"]].assign(
+        verdict=rows["verdict"] + rows["resolved"].map(doubt)
+    )
     print(tabulate(shown, headers="keys", tablefmt="simple_grid", showindex=False, maxcolwidths=[None, 46, 14, 46, 16]))
+    print(MEANING)
     print(", ".join(f"{count} {verdict}" for verdict, count in rows["verdict"].value_counts(sort=False).items()))
     return 0
 

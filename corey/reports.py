@@ -105,6 +105,8 @@ def _index(runs: list[dict]) -> str:
         built=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         machine=results.machine(),
         counts={verdict: int((ledger.verdict == verdict).sum()) for verdict in claims.VERDICTS},
+        meaning=claims.MEANING,
+        doubt=claims.doubt,
         colours=COLOURS,
         claims=ledger.to_dict("records"),
         pages={run["name"] for run in runs if run["path"]},

@@ -11,9 +11,10 @@ import nbformat
 import pandas as pd
 import pytest
 import yaml
+from matplotlib.colors import same_color
 
 from corey import claims, paths, results
-from corey.plots.ledger import plot_ledger
+from corey.plots.ledger import COLOURS, plot_ledger
 
 CPU, GPU = "AMD EPYC, 2 threads", "NVIDIA H200"
 
@@ -79,6 +80,73 @@ def test_a_condition_can_read_the_end_of_the_interval():
     assert claims.judge(made(reproduced=[above("x")]), rows) == claims.HOLDS
     with pytest.raises(ValueError, match="no interval"):
         claims.judge(made(reproduced=[above("x", of="low")]), evidence(x=2.0))
+
+
+def intervals(**quantities):
+    """Evidence rows with (value, low, high), or exact ones."""
+    given = pd.DataFrame([each if isinstance(each, tuple) else (each, None, None) for each in quantities.values()])
+    return evidence(**dict.fromkeys(quantities, 0.0)).assign(value=given[0], low=given[1], high=given[2])
+
+
+def below(quantity, bound):
+    return above(quantity, bound, op="<")
+
+
+def all_of(*conditions):
+    return made(reproduced=list(conditions))
+
+
+IN_DOUBT, NEARLY, NO, YES = (2, 0.5, 3), (0.9, 0.5, 1.2), (0.9, 0.5, 1.0), (2, 1.5, 3)  # for a value above 1
+BAND = {"quantity": "x", "op": "within", "bound": [1, 1.01]}
+INSIDE_1_PER_CENT = [
+    {"quantity": "x", "op": ">=", "bound": 0.99, "of": "low"},
+    {"quantity": "x", "op": "<=", "bound": 1.01, "of": "high"},
+]
+
+
+@pytest.mark.parametrize(
+    ("claim", "rows", "resolved"),
+    [
+        (all_of(above("x")), intervals(x=YES), True),
+        (all_of(above("x")), intervals(x=IN_DOUBT), False),
+        (all_of(above("x")), intervals(x=NEARLY), False),
+        (all_of(above("x")), intervals(x=NO), True),
+        (all_of(above("x")), intervals(x=0.9), True),
+        (all_of(above("x")), intervals(x=(0.9, 1.1, 1.2)), False),
+        (all_of(above("x", of="low")), intervals(x=YES), True),
+        (all_of(above("x", of="low")), intervals(x=IN_DOUBT), False),
+        (all_of(*INSIDE_1_PER_CENT), intervals(x=(1.03, 0.78, 1.12)), False),
+        (all_of(*INSIDE_1_PER_CENT), intervals(x=(1.0, 0.995, 1.005)), True),
+        (all_of(*INSIDE_1_PER_CENT), intervals(x=(1.1, 1.02, 1.12)), True),
+        (all_of(above("x"), above("y")), intervals(x=NEARLY, y=NEARLY), False),
+        (all_of(above("x"), above("y")), intervals(x=NEARLY, y=NO), True),
+        (all_of(above("x"), above("y")), intervals(x=YES, y=IN_DOUBT), False),
+        (all_of(above("x", 2), below("x", 1)), intervals(x=(1.5, 0.5, 3)), True),
+        (all_of(above("x", 1), below("x", 2)), intervals(x=(0.5, 0, 3)), False),
+        (all_of(above("x"), below("y", 1)), intervals(x=NEARLY, y=(1.1, 0.8, 1.5)), False),
+        (all_of(BAND), intervals(x=NEARLY), False),
+        (made(reproduced=[above("loop", 0)], reason=[BAND]), intervals(loop=YES, x=NEARLY), False),
+        (BOTH, intervals(loop=YES, kernel=IN_DOUBT), False),
+        (BOTH, intervals(loop=YES, kernel=NEARLY), False),
+        (BOTH, intervals(loop=YES, kernel=NO), True),
+        (BOTH, intervals(loop=NO, kernel=IN_DOUBT), True),
+        (BOTH, intervals(loop=NEARLY, kernel=NO), False),
+        (BOTH, intervals(loop=IN_DOUBT), True),
+        (BOTH, intervals(loop=NEARLY), False),
+        (made(untestable="why"), intervals(loop=IN_DOUBT), True),
+        (made(reproduced=[above("loop")], gpu=True), intervals(loop=IN_DOUBT), True),
+    ],
+    ids=[
+        "holds all over", "holds at one end", "fails at one end", "fails at the bound too", "exact", "value outside",
+        "end holds", "end fails", "both ends fail", "both ends hold", "beyond both ends",
+        "two in reach", "one out of reach", "one of two in doubt", "never both", "between two bounds", "opposite ends",
+        "a band inside", "a band inside the reason",
+        "reason in doubt", "reason in reach", "reason fails", "reason does not matter", "another reason in reach",
+        "reason not measured", "fails or not measured", "untestable", "no row counts",
+    ],
+)  # fmt: skip
+def test_a_verdict_is_resolved_unless_its_intervals_allow_another(claim, rows, resolved):
+    assert claims.is_resolved(claim, rows) == resolved
 
 
 def test_the_ledger_has_fifty_claims_and_no_verdict():
@@ -154,8 +222,8 @@ def one_condition(monkeypatch):
     monkeypatch.setattr(claims.yaml, "safe_load", lambda _: ledger)
 
 
-def write(value, name="03_evidence", device=CPU, quantity="loop", claim="C01"):
-    row = {"claim": claim, "quantity": quantity, "value": value, "low": None, "high": None, "n": 9, "device": device}
+def write(value, name="03_evidence", device=CPU, quantity="loop", claim="C01", low=None, high=None):
+    row = {"claim": claim, "quantity": quantity, "value": value, "low": low, "high": high, "n": 9, "device": device}
     results.write_rows([row], name, parameters={})
 
 
@@ -176,6 +244,17 @@ def test_committed_rows_decide_where_live_ones_do_not(one_condition):
     write(1.0, quantity="other")
     row = claims.table("all").iloc[0]
     assert (row.verdict, row.source) == (claims.HOLDS, "committed")
+
+
+def test_a_verdict_in_doubt_is_shown_as_such_and_no_other(one_condition, capsys):
+    write(4.4, low=0.5, high=5.0)
+    rows = claims.table("live")
+    assert rows["id"][~rows["resolved"]].tolist() == ["C01"]
+    assert rows.verdict[0] == claims.HOLDS
+    assert [line[:5] for line in claims.markdown(rows).splitlines() if "**, not resolved |" in line] == ["| C01"]
+    assert claims.main(["--source", "live"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("holds, not") == 1 and claims.MEANING in printed and "\n1 holds, 44" in printed
 
 
 def test_evidence_for_an_unknown_claim_or_given_twice_is_refused(one_condition):
@@ -206,5 +285,15 @@ def test_the_command_prints_all_fifty(arguments, capsys):
 def test_the_figure_has_a_square_for_every_claim():
     ax = plot_ledger(claims.table("live"), plt.subplots()[1])
     assert sorted(text.get_text() for text in ax.texts) == [f"{number:02d}" for number in range(1, 51)]
-    assert sum(int(text.get_text().split()[0]) for text in ax.get_legend().get_texts()) == 50
+    *verdicts, opened = (text.get_text() for text in ax.get_legend().get_texts())
+    assert sum(int(text.split()[0]) for text in verdicts) == 50 and "not resolved" in opened
+    plt.close("all")
+
+
+def test_the_square_of_a_verdict_in_doubt_is_open():
+    rows = claims.table("live").assign(verdict=claims.FAILS)
+    ax = plot_ledger(rows.assign(resolved=rows["id"] != "C18"), plt.subplots()[1])
+    filled = [same_color(square.get_facecolor(), COLOURS[claims.FAILS]) for square in ax.patches]
+    assert [text.get_text() for text, full in zip(ax.texts, filled) if not full] == ["18"]
+    assert [text.get_color() for text, full in zip(ax.texts, filled) if not full] == ["black"]
     plt.close("all")

@@ -41,6 +41,8 @@ def test_the_index_has_every_claim_notebook_figure_and_row_set(build):
         assert f'<tr id="{claim["id"]}">' in index
     ledger = claims.table("all")
     assert index.count('<td class="verdict" style') == len(ledger)
+    assert index.count(", not resolved</td>") == (~ledger.resolved).sum() > 0
+    assert claims.MEANING in index.replace("Not resolved:", "not resolved:")
     for name in results.names("committed"):
         assert f"<td>{name}</td><td>committed</td>" in index
     for path in figures.drawn():
