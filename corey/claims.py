@@ -87,12 +87,14 @@ def judge(claim: dict, rows: pd.DataFrame) -> str:
 def is_resolved(claim: dict, rows: pd.DataFrame) -> bool:
     """Whether every choice of values from inside the intervals of its evidence gives a claim the verdict of `judge`.
 
-    A row without an interval is exact, and a claim that is not yet measured has no verdict to doubt.
+    A row without an interval is exact, as is one of which every condition says `of: value`: it counts what was run, and
+    not what might have been. A claim that is not yet measured has no verdict to doubt.
     """
     verdict = judge(claim, rows)
     rows = _deciding(claim, rows)
     bounds = {bound for each in _both(claim) for bound in _bounds(each)}
-    inside = [_inside(row, bounds) for row in rows.itertuples()]
+    in_doubt = {each["quantity"] for each in _both(claim) if each.get("of") != "value"}
+    inside = [_inside(row, bounds) if row.quantity in in_doubt else [row.value] for row in rows.itertuples()]
     return verdict == NOT_MEASURED or all(
         judge(claim, rows.assign(value=values, low=values, high=values)) == verdict for values in product(*inside)
     )

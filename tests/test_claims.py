@@ -115,6 +115,8 @@ INSIDE_1_PER_CENT = [
         (all_of(above("x")), intervals(x=(0.9, 1.1, 1.2)), False),
         (all_of(above("x", of="low")), intervals(x=YES), True),
         (all_of(above("x", of="low")), intervals(x=IN_DOUBT), False),
+        (all_of(above("x", of="value")), intervals(x=IN_DOUBT), True),
+        (all_of(above("x", of="value"), above("x")), intervals(x=IN_DOUBT), False),
         (all_of(*INSIDE_1_PER_CENT), intervals(x=(1.03, 0.78, 1.12)), False),
         (all_of(*INSIDE_1_PER_CENT), intervals(x=(1.0, 0.995, 1.005)), True),
         (all_of(*INSIDE_1_PER_CENT), intervals(x=(1.1, 1.02, 1.12)), True),
@@ -138,7 +140,7 @@ INSIDE_1_PER_CENT = [
     ],
     ids=[
         "holds all over", "holds at one end", "fails at one end", "fails at the bound too", "exact", "value outside",
-        "end holds", "end fails", "both ends fail", "both ends hold", "beyond both ends",
+        "end holds", "end fails", "what was run", "what was run, and more", "both ends fail", "both ends hold", "beyond both ends",
         "two in reach", "one out of reach", "one of two in doubt", "never both", "between two bounds", "opposite ends",
         "a band inside", "a band inside the reason",
         "reason in doubt", "reason in reach", "reason fails", "reason does not matter", "another reason in reach",
