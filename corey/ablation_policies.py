@@ -8,7 +8,7 @@ replayed   the chunks of a recording; nothing is computed
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -79,14 +79,19 @@ def record(policy: ChunkPolicy, inputs: Iterable[Tensor]) -> tuple[int, ...]:
     return tuple(int(policy(u, layer=layer)) for layer, u in enumerate(inputs))
 
 
-def replay(chunks: Sequence[int]) -> ChunkPolicy:
-    """The policy that gives layer i the chunk chunks[i]."""
-    return lambda u, layer: chunks[layer]
+@dataclass(frozen=True)
+class Recorded:
+    """The policy that gives layer i chunks[i]. Equal chunks are equal policies: a session keeps one graph for them."""
+
+    chunks: tuple[int | None, ...]
+
+    def __call__(self, u: Tensor, layer: int) -> int | None:
+        return self.chunks[layer]
 
 
 def shuffled(chunks: Sequence[int], seed: int) -> ChunkPolicy:
     """The policy that deals chunks out to the layers at random."""
-    return replay(random.Random(seed).sample(chunks, len(chunks)))
+    return Recorded(tuple(random.Random(seed).sample(chunks, len(chunks))))
 
 
 def split_forms(policy: Scheduler, chunks: Sequence[int]) -> dict[str, ChunkPolicy]:
@@ -102,9 +107,9 @@ def split_forms(policy: Scheduler, chunks: Sequence[int]) -> dict[str, ChunkPoli
             policy.statistic(u)
         return REFERENCE_CHUNK
 
-    forms = {"forced": forced, "replayed": replay(chunks)}
+    forms = {"forced": forced, "replayed": Recorded(tuple(chunks))}
     if policy.on_the_way is not None:  # the convolution counts and decides at once
-        return {"replayed": replay(chunks)}
+        return {"replayed": forms["replayed"]}
     return forms if policy.statistic is None else forms | {"unread": unread}
 
 

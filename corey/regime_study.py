@@ -21,7 +21,7 @@ from torch import Tensor
 
 from corey import benchmark
 from corey._check import bad_value
-from corey.ablation_policies import OPERATOR, build_policies
+from corey.ablation_policies import OPERATOR, Recorded, build_policies
 from corey.clocks import from_idle
 from corey.mamba import Mamba
 from corey.mamba_session import MOST_GRAPHS, Session
@@ -35,16 +35,6 @@ ALL = "all"  # the regime of an average over regimes
 STRIDE = 8  # tokens between those that sampled-hist reads, as published
 READING = ("hist", "sampled-hist", "cheap-proxy", "variance-proxy", "guarded-hist", "device-hist")
 RESAMPLES = 1999
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """The policy that gives layer i chunks[i]. Equal chunks are equal policies: a session keeps one graph for them."""
-
-    chunks: tuple[int | None, ...]
-
-    def __call__(self, u: Tensor, layer: int) -> int | None:
-        return self.chunks[layer]
 
 
 def first_layers(model: Mamba, count: int) -> Mamba:

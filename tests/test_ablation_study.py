@@ -12,6 +12,7 @@ from corey.ablation_policies import (
     OPERATOR,
     REFERENCE,
     SHUFFLED,
+    Recorded,
     all_forms,
     build_policies,
     record,
@@ -37,6 +38,11 @@ def policies(device_type="cpu"):
 
 
 # ---- policies and forms ----------------------------------------------------------------------------------------------
+
+
+def test_equal_recordings_are_one_policy():
+    assert Recorded((128, None)) == Recorded((128, None)) and len({Recorded((128,)), Recorded((128,))}) == 1
+    assert [Recorded((128, None))(None, layer=layer) for layer in (0, 1)] == [128, None]
 
 
 def test_the_matrix_holds_the_published_policies_in_the_published_range():

@@ -140,7 +140,8 @@ INSIDE_1_PER_CENT = [
     ],
     ids=[
         "holds all over", "holds at one end", "fails at one end", "fails at the bound too", "exact", "value outside",
-        "end holds", "end fails", "what was run", "what was run, and more", "both ends fail", "both ends hold", "beyond both ends",
+        "end holds", "end fails", "what was run", "what was run, and more",
+        "both ends fail", "both ends hold", "beyond both ends",
         "two in reach", "one out of reach", "one of two in doubt", "never both", "between two bounds", "opposite ends",
         "a band inside", "a band inside the reason",
         "reason in doubt", "reason in reach", "reason fails", "reason does not matter", "another reason in reach",

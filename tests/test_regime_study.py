@@ -19,7 +19,6 @@ from corey.regime_study import (
     ALL,
     ONE_STATIC,
     OPERATOR,
-    Recorded,
     build_rules,
     first_layers,
     measure_regime,
@@ -42,11 +41,6 @@ def test_the_rules_are_static_chunks_and_those_of_the_ablation():
     assert list(here)[:3] == ["static-128", "static-512", OPERATOR] and here[OPERATOR] is None
     assert {"shape", "table", "random", "hist", "sampled-hist", "guarded-hist"} <= set(here)
     assert set(gpu) - set(here) == {"device-hist"}
-
-
-def test_equal_recordings_are_one_policy():
-    assert Recorded((128, None)) == Recorded((128, None)) and len({Recorded((128,)), Recorded((128,))}) == 1
-    assert [Recorded((128, None))(None, layer=layer) for layer in (0, 1)] == [128, None]
 
 
 def test_first_layers_are_a_model_of_their_own():

@@ -50,7 +50,7 @@ def skip_tiles(source):
 
 @pytest.mark.parametrize("change, right", [(None, True), (skip_tiles, False)], ids=["as it is", "tiles not loaded"])
 def test_many_tiles_are_linked(change, right, emulated):  # noqa: F811
-    inputs = make_inputs(batch=1, dim=8, length=128 * 70 + 5, memory="long", options=OPTIONS)  # linking loads 32 at a time
+    inputs = make_inputs(batch=1, dim=8, length=128 * 70 + 5, options=OPTIONS)  # linking loads 32 tiles at a time
     y, last = emulated(inputs, 128 * 71, change)
     y_chunked, last_chunked = emulated(inputs, 128, change)
     assert (torch.equal(y_chunked, y) and torch.equal(last_chunked, last)) == right
