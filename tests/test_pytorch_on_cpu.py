@@ -12,7 +12,7 @@ pytest.importorskip("transformers", minversion="5.15", reason="the models are tr
 from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
 from transformers.integrations.hub_kernels import use_kernel_func_from_hub_with_fallback
 
-from corey import routing, training
+from corey import client_study, routing, training
 from corey.activations import capture_activations
 from corey.generation import greedy_tokens, prefill
 from corey.routing import pytorch_on_cpu, route
@@ -120,3 +120,10 @@ def test_a_route_opened_within_a_block_is_the_one_that_scans(model):
     with pytorch_on_cpu(), route(model) as opened:
         prefill(model, IDS)
     assert opened.calls == 2
+
+
+def test_transformers_own_scan_is_a_kernel_on_a_gpu_with_the_package_only(monkeypatch):
+    monkeypatch.setattr(client_study, "find_spec", lambda name: name)
+    assert client_study.stock_is_a_kernel("cuda") and not client_study.stock_is_a_kernel("cpu")
+    monkeypatch.setattr(client_study, "find_spec", lambda name: None)
+    assert not client_study.stock_is_a_kernel("cuda")
