@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from corey._check import bad_type, bad_value
+from corey.routing import pytorch_on_cpu
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Activations:
     u: list[Tensor]
 
 
+@pytorch_on_cpu()
 def capture_activations(model: nn.Module, token_ids: Tensor) -> Activations:
     """Runs one forward pass without a cache and keeps what `Activations` lists.
 

@@ -94,9 +94,9 @@ def _embedding_entropy(module: object, arguments: object, embeddings: Tensor) ->
         float(histogram_entropy(embeddings, unit="bits"))
 
 
-def stock_is_a_kernel() -> bool:
-    """Whether transformers' own scan here is mamba_ssm's kernel rather than a loop over tokens."""
-    return torch.cuda.is_available() and find_spec("mamba_ssm") is not None
+def stock_is_a_kernel(device: str | torch.device) -> bool:
+    """Whether transformers' own scan on this device is mamba_ssm's kernel rather than a loop over tokens."""
+    return torch.device(device).type == "cuda" and find_spec("mamba_ssm") is not None
 
 
 def published_ratios() -> pd.DataFrame:

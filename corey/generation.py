@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from corey._check import bad_type, bad_value
+from corey.routing import pytorch_on_cpu
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Generation:
     top2_gaps: tuple[float, ...]
 
 
+@pytorch_on_cpu()
 @torch.inference_mode()
 def prefill(model: torch.nn.Module, token_ids: Sequence[int], *, use_cache: bool = True) -> tuple[torch.Tensor, object]:
     """One forward over the whole prompt: logits (L, V) and the cache it leaves (None without `use_cache`).
@@ -33,6 +35,7 @@ def prefill(model: torch.nn.Module, token_ids: Sequence[int], *, use_cache: bool
     return output.logits[0], output.cache_params
 
 
+@pytorch_on_cpu()
 @torch.inference_mode()
 def greedy_decode(
     model: torch.nn.Module, logits: torch.Tensor, cache: object, *, max_new_tokens: int, eos_token_id: int | None

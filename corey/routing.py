@@ -3,12 +3,16 @@
 The mixers of both call the scan by name in a module of theirs. `route` swaps it for a dispatcher that looks at which
 mixer is calling: the given model's mixers get corey's scan, every other model gets what was there before. What is known
 of each package is in `corey.routing_clients`.
+
+Where mamba-ssm and causal-conv1d are installed, transformers hands CPU tensors to their CUDA kernels, which fail. In a
+route, and in `pytorch_on_cpu` without one, those tensors take transformers' PyTorch path.
 """
 
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
 
@@ -21,6 +25,7 @@ from corey.routing_clients import (
     UNSUPPORTED_MIXERS,
     Client,
     Replacement,
+    by_device,
     client_of,
 )
 from corey.scan import TILE, selective_scan
@@ -83,6 +88,22 @@ def route(
     return Route(clients, chunk_size, scan)
 
 
+@contextmanager
+def pytorch_on_cpu() -> Iterator[None]:
+    """A block in which transformers' Mamba and FalconMamba compute with PyTorch on a CPU, whatever is installed.
+
+    Tensors elsewhere go the way that they went. It is for models that exist when the block is entered and serves every
+    thread meanwhile; blocks and routes may overlap in any order. As a decorator it wraps each call.
+    """
+    with ExitStack() as stack:
+        for client in CLIENTS:
+            if client.kernels and client.module in sys.modules:
+                for owner, name, make in _replacements(client, ()):
+                    _replace(owner, name, make)
+                    stack.callback(_restore, owner, name)
+        yield
+
+
 @dataclass(eq=False)
 class _MixerCall:
     owner: "Route"
@@ -125,9 +146,7 @@ class Route:
 
     def _replacements(self) -> Iterator[Replacement]:
         for client in set(self._clients.values()):
-            yield sys.modules[client.module], client.scan, partial(_dispatcher, client)
-            mixers = [mixer for mixer, each in self._clients.items() if each is client]
-            yield from client.around_the_fused(mixers, lambda: bool(_running()))
+            yield from _replacements(client, [mixer for mixer, each in self._clients.items() if each is client])
 
     def _enter_mixer(self, mixer: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         _running().append(_MixerCall(self, mixer, *self._clients[mixer].start(mixer, args, kwargs)))
@@ -149,6 +168,15 @@ class Route:
         return self._scan(**arguments, initial_state=current.initial_state, chunk_size=chunk_size)
 
 
+def _replacements(client: Client, mixers: Iterable[torch.nn.Module]) -> Iterator[Replacement]:
+    """What to replace for these mixers. In a module it is the same for every block, so that blocks may overlap."""
+    module = sys.modules[client.module]
+    yield module, client.scan, partial(_dispatcher, client)
+    for name in client.kernels:
+        yield module, name, by_device
+    yield from client.around_the_fused(mixers, lambda: bool(_running()))
+
+
 def _running() -> list[_MixerCall]:
     if not hasattr(_local, "running"):
         _local.running = []
@@ -158,11 +186,12 @@ def _running() -> list[_MixerCall]:
 def _dispatcher(client: Client, scan: Callable) -> Callable:
     """In place of a client's scan: the running mixer's route, or that scan where no mixer is running."""
     signature = inspect.signature(scan)
+    unrouted = by_device(scan)
 
     @wraps(scan)
     def dispatch(*args, **kwargs):
         if not _running():
-            return scan(*args, **kwargs)
+            return unrouted(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
         arguments = {ours: given[theirs] for ours, theirs in zip(SCAN_ARGUMENTS, client.arguments) if theirs in given}
         current = _running()[-1]

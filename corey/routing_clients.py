@@ -7,6 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import wraps
 from importlib.metadata import version
 
 import torch
@@ -35,6 +36,7 @@ class Client:
     scan: str
     renamed: tuple[str, ...] = ()
     further: tuple[str, ...] = ()  # parameters of the scan that a route drops
+    kernels: tuple[str, ...] = ()  # beside scan and FUSED, what a package may have put in place of its PyTorch path
 
     @property
     def installed(self) -> str:
@@ -45,7 +47,7 @@ class Client:
         low, high = self.supported
         if not low <= Version(version(self.package)) < high:
             raise RuntimeError(f"{self.package}: got {version(self.package)}, want >={low},<{high}")
-        for function in (self.scan, FUSED):
+        for function in (self.scan, FUSED, *self.kernels):
             if not callable(getattr(sys.modules[self.module], function, None)):
                 raise RuntimeError(f"{self.module}.{function}: got nothing in {self.installed}, want a function")
         wanted = (*self.arguments, *self.further)
@@ -71,10 +73,26 @@ class Client:
         raise NotImplementedError
 
 
+def by_device(function: Callable) -> Callable:
+    """The same function, but what it wraps for tensors on a CPU: of transformers' functions, the PyTorch path.
+
+    transformers chooses between the two when it is imported, by what is installed, for tensors of every device.
+    """
+    in_pytorch = inspect.unwrap(function)
+
+    @wraps(function)
+    def choose(*args, **kwargs):
+        first = (*args, *kwargs.values())[0]
+        return (in_pytorch if first.device.type == "cpu" else function)(*args, **kwargs)
+
+    return choose
+
+
 class TransformersClient(Client):
     def around_the_fused(self, mixers: Iterable[torch.nn.Module], routed: Callable[[], bool]) -> Iterator[Replacement]:
         # None is the client's own word for "no fused kernel here": the mixer then goes through the scan
         def unless_routed(fused):
+            fused = by_device(fused)
             return lambda *args, **kwargs: None if routed() else fused(*args, **kwargs)
 
         yield sys.modules[self.module], FUSED, unless_routed
@@ -105,6 +123,7 @@ _TRANSFORMERS = {
     "scan": "mamba_selective_scan",
     "renamed": ("hidden_states", "dt"),
     "further": ("use_mambapy", "use_associative_scan"),
+    "kernels": ("causal_conv1d_fn", "causal_conv1d_update", "mamba_selective_state_update"),
 }
 CLIENTS = (
     TransformersClient(mixer="MambaMixer", module="transformers.models.mamba.modeling_mamba", **_TRANSFORMERS),

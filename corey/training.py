@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 from corey import results
 from corey._check import bad_value
+from corey.routing import pytorch_on_cpu
 from corey.samples import HELD_OUT_SEED, MADE_TASKS, make_document
 
 EOS = 256  # the one token that is not a byte; also padding
@@ -138,6 +139,7 @@ def _answer_ids(answers: tuple[str, ...]) -> np.ndarray:
     return np.append(_ids(" " + answers[0]).astype(np.int16), EOS)
 
 
+@pytorch_on_cpu()
 def losses(model, tokens: torch.Tensor, is_answer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Mean nats per byte of the text, mean nats per byte of the answers, and the share of answers recalled whole."""
     targets, answer = tokens[:, 1:], is_answer[:, 1:]  # (batch, seqlen)

@@ -6,6 +6,7 @@ from byte_ids import byte_tokens
 from transformers import MambaConfig, MambaForCausalLM
 
 from corey.activations import capture_activations, mamba_mixers
+from corey.routing import pytorch_on_cpu
 
 TEXT = "The ledger was checked twice before noon; the stamp is scarlet."
 
@@ -37,6 +38,7 @@ def test_u_is_the_convolved_and_activated_branch_that_the_scan_gets(model):
     assert not torch.allclose(kept.u[0], kept.u[1])
 
 
+@pytorch_on_cpu()
 def test_no_hook_and_no_graph_stays_behind(model):
     before = model(byte_tokens(TEXT)).logits
     kept = capture_activations(model, byte_tokens(TEXT))

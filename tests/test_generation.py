@@ -8,6 +8,7 @@ pytest.importorskip("transformers", reason="the models are transformers'")
 from corey.checkpoints import load_checkpoint
 from corey.generation import greedy_decode, greedy_tokens, prefill
 from corey.paths import CHECKPOINTS
+from corey.routing import pytorch_on_cpu
 
 PROMPT = list(b"def add(a, b):\n    return a")
 
@@ -32,7 +33,8 @@ def test_the_committed_model_comes_in_evaluation_mode_with_a_byte_tokenizer(load
 
 
 def test_greedy_tokens_are_those_of_generate(model):
-    expected = model.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    with pytorch_on_cpu():
+        expected = model.generate(torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False, eos_token_id=None)
     found = greedy_tokens(model, PROMPT, max_new_tokens=12, eos_token_id=None)
     assert list(found.tokens) == expected[0, len(PROMPT) :].tolist()
     logits, _ = prefill(model, PROMPT)

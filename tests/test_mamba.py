@@ -18,7 +18,7 @@ from corey.mamba import MambaConfig
 from corey.mamba_session import BLOCK, MOST_GRAPHS, Session
 from corey.mamba_weights import SHAPES, load_mamba, random_mamba, read_config, tensor_shapes
 from corey.paths import CHECKPOINTS
-from corey.routing import route
+from corey.routing import pytorch_on_cpu, route
 from corey.schedulers import get_scheduler
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.gpu))
@@ -49,7 +49,7 @@ def theirs():
 @pytest.fixture(scope="module")
 def truth(theirs):
     """transformers' float32 logits of 200 bytes."""
-    with torch.inference_mode():
+    with pytorch_on_cpu(), torch.inference_mode():
         return theirs(text_ids(200)).logits
 
 
@@ -97,7 +97,7 @@ def test_logits_are_those_of_transformers(truth, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_bfloat16_is_as_close_to_the_truth_as_transformers_is(theirs, truth, device):
-    with torch.inference_mode():
+    with pytorch_on_cpu(), torch.inference_mode():
         their_error = theirs.to(device, bf16)(text_ids(200, device=device)).logits.cpu() - truth
     theirs.to("cpu", f32)  # the checkpoint is bf16, so nothing is lost
     logits = load_mamba(device=device, dtype=bf16)(text_ids(200, device=device)).cpu()
@@ -114,7 +114,7 @@ def test_another_shape_in_several_files(tied, tmp_path):
     model = save_theirs(tmp_path, tie_word_embeddings=tied)
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     ids = torch.randint(37, (2, 50))
-    with torch.inference_mode():
+    with pytorch_on_cpu(), torch.inference_mode():
         expected = model(ids).logits
     ours = load_mamba(str(tmp_path))
     assert ours.config.dt_rank == 7 and ours.config.d_state == 5 and ours.config.d_conv == 3
@@ -252,6 +252,7 @@ def test_what_a_policy_answers_reaches_the_scan_of_its_layer(tiny, monkeypatch):
 # ---- generation ------------------------------------------------------------------------------------------------------
 
 
+@pytorch_on_cpu()
 def their_tokens(theirs, ids, count):
     found = theirs.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None)
     return found[:, ids.shape[1] :].tolist()

@@ -7,6 +7,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from corey.hadamard import fake_quantise
 from corey.quantise import QuantisedLinear, quantised, relative_error
+from corey.routing import pytorch_on_cpu
 
 IDS = byte_tokens("The carrier for entry nine is Falcon.")
 
@@ -18,6 +19,7 @@ def model() -> MambaForCausalLM:
     return MambaForCausalLM(config).eval()
 
 
+@pytorch_on_cpu()
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=IDS, use_cache=False).logits

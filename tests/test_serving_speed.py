@@ -18,6 +18,7 @@ from corey.mamba_session import Session
 from corey.mamba_weights import SHAPES, mamba_of, random_tensors
 from corey.paths import ROOT
 from corey.prefill_floors import prefill_floors
+from corey.routing import pytorch_on_cpu
 from corey.schedulers import static
 from corey.serving_speed import TABLES, Task
 from corey.side_by_side import state_dropping_scan
@@ -39,6 +40,7 @@ def ids_of(tokens, seed=0):
     return serving_speed.prompt(TINY, tokens, seed=seed, device="cpu")
 
 
+@pytorch_on_cpu()
 def test_both_sides_have_the_same_weights(pair):
     tensors, client, model = pair
     assert client.lm_head.weight.data_ptr() == tensors["backbone.embeddings.weight"].data_ptr()
@@ -50,7 +52,8 @@ def test_both_sides_have_the_same_weights(pair):
 
 
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory):
+@pytorch_on_cpu()
+def sets(pair):
     return serving_speed.measure(
         [Task("tiny", 150), Task("tiny", 20, 3)], rounds=5, generate_rounds=5, policy_rounds=5, logit_tokens=30, seed=0,
         limits=LIMITS, flops_per_s=FLOPS, shapes={"tiny": TINY}, device="cpu", dtype=torch.float32,
@@ -77,6 +80,7 @@ def test_every_column_is_in_the_data_dictionary(sets):
     assert kernels.union(*(rows.columns for rows in sets.values())) <= told
 
 
+@pytorch_on_cpu()
 def test_a_wrong_model_is_not_decided_equal(pair):
     tensors, client, _ = pair
     wrong = tensors | {"backbone.norm_f.weight": -tensors["backbone.norm_f.weight"]}

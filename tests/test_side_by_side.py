@@ -14,7 +14,7 @@ from transformers import MambaConfig, MambaForCausalLM
 from corey import side_summary
 from corey.generation import greedy_tokens
 from corey.longbench import official, published
-from corey.routing import route
+from corey.routing import pytorch_on_cpu, route
 from corey.side_by_side import Side, compare_sides, run_side, state_dropping_scan
 from corey.training import byte_tokenizer
 
@@ -85,7 +85,7 @@ def test_routed_sides_are_equal_and_the_others_are_not(rows):
 def test_perplexity_is_that_of_the_whole_text_in_one_forward(model):
     prompt, reference = [int(i) for i in torch.randint(0, 256, (300,))], list(b" the mill")
     run = run_side(model, prompt, reference, PASSIVE, max_new_tokens=5, eos_token_id=None)
-    with torch.inference_mode():
+    with pytorch_on_cpu(), torch.inference_mode():
         loss = model(torch.tensor([prompt + reference]), labels=torch.tensor([prompt + reference])).loss.item()
     assert run.nll_tokens == 308
     assert run.nll_nats / run.nll_tokens == pytest.approx(loss, rel=1e-6)
