@@ -9,7 +9,7 @@ PYTHON ?= python3## the interpreter that makes .venv
 PIP_ARGS ?=## more arguments for pip
 
 SHELL := bash
-.SHELLFLAGS := -euo pipefail -c
+.SHELLFLAGS := --norc -euo pipefail -c
 MAKEFLAGS += --warn-undefined-variables --no-builtin-rules
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -37,7 +37,7 @@ CELL_TIMEOUT_S, RUN_TIMEOUT_S = 3600, 7200
 HEAL_S = 2.0  # between looks at whether all workers are there
 JOIN_TIMEOUT_S = 60  # for a worker to join the scheduler that was named
 DASK = {
-    "distributed.scheduler.worker-saturation": 1.0,  # a run waits with the scheduler, not with one worker
+    "distributed.scheduler.worker-saturation": 1.0,  # most runs wait with the scheduler, not with one worker
     "distributed.scheduler.http.routes": [],
     "distributed.worker.http.routes": [],
     "distributed.nanny.http.routes": [],
@@ -120,7 +120,7 @@ class _Collector:
     def collect(self, tasks: list[Task]) -> None:
         """Hand out the tasks and write their outcomes as they come; a signal ends the runs and keeps what they have."""
         self.client.subscribe_topic(TOPIC, self._note)
-        futures = {self.client.submit(run_task, task, key=f"{task.run}-{task.grid}"): task for task in tasks}
+        futures = {self.client.submit(run_task, task, key=_key(task)): task for task in tasks}
         try:
             self._take(futures, list(futures))
         except SystemExit:
@@ -171,6 +171,12 @@ class _Collector:
             self.began.add(folder.run)
             with contextlib.suppress(OSError):  # a full disk, which the outcome that follows will meet and report
                 folder.mark("running", **where)
+
+
+def _key(task: Task) -> str:
+    """What Dask calls a run. It takes the part before the hashes for the kind of a task and learns how long a kind
+    takes; a run of a kind of its own counts as 0.5 s, and waits with a busy worker while others have nothing to do."""
+    return f"run-{task.run}-{task.grid}"
 
 
 @contextlib.contextmanager

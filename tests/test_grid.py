@@ -2,11 +2,12 @@
 
 import json
 import signal
+import time
 
 import nbformat
 import pandas as pd
 import pytest
-from distributed import Client
+from distributed import Client, get_worker
 
 from corey import grid, grid_points, grid_worker, paths, supervisor
 from corey.faults import hostile
@@ -127,6 +128,23 @@ def test_a_run_that_has_ended_stays_so_when_dask_begins_it_again(tmp_path):
         collector._keep(ended, supervisor.Task(made.run, "", NAME, {}, {}, 1, 1))
     collector._note(began)
     assert made.done()
+
+
+def test_no_run_waits_with_a_busy_worker_while_another_has_nothing_to_do(tmp_path, monkeypatch):
+    def sleep(task):
+        time.sleep(task.parameters["work_s"])
+        return Outcome("done", "", device=get_worker().address)
+
+    monkeypatch.setattr(grid, "run_task", sleep)
+    tasks = [
+        supervisor.Task(f"{number:016x}", "0123456789abcdef", NAME, {"work_s": work_s}, {}, 9, 9)
+        for number, work_s in enumerate((4, 5.5, 3, 3))
+    ]
+    folders = {task.run: RunFolder(tmp_path, task.run, {}, {}) for task in tasks}
+    with Client(processes=False, n_workers=2, threads_per_worker=1, dashboard_address=None) as client:
+        grid._Collector(client, folders).collect(tasks)
+    where = [folder.status()["device"] for folder in folders.values()]
+    assert where[0] != where[1] and where[2] != where[3]
 
 
 def test_rows_without_provenance_make_a_run_a_failed_one(folder):
