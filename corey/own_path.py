@@ -14,6 +14,7 @@ from corey.generation import greedy_decode, prefill
 from corey.longbench import Protocol
 from corey.mamba import Mamba
 from corey.policy_equivalence import PASSIVE, Rows, decode, read_prompt
+from corey.progress import progress
 from corey.side_by_side import logit_columns, token_columns
 
 OWN_PATH = "transformers' own path"
@@ -75,7 +76,7 @@ def own_path_rows(
     and `token_columns`, which compare with the lean model; top2_gap is the lean model's.
     """
     found = []
-    for task, row in rows:
+    for task, row in progress(rows, "prompts"):
         ids = protocol.encode(tokenizer, task, row, max_prompt_tokens).ids
         lean, state, _ = read_prompt(model, torch.tensor([ids], device=model.device), None)  # (L, V)
         with _exact_convolutions():

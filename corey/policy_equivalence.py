@@ -15,6 +15,7 @@ from corey.equivalence import bitwise_equal, sequence_nll
 from corey.generation import Generation, best_two
 from corey.longbench import Protocol
 from corey.mamba import ChunkPolicy, Mamba, State
+from corey.progress import progress
 from corey.samples import MADE_TASKS, held_out_rows
 from corey.schedulers import PUBLISHED_RANGES, get_scheduler
 from corey.side_by_side import logit_columns, token_columns
@@ -153,7 +154,7 @@ def _read_prompts(
 ) -> tuple[dict[str, list[dict]], dict[str, list[tuple[State, Tensor]]]]:
     """By policy and prompt: the columns on reading it, and what decoding starts from."""
     columns, ends = {name: [] for name in policies}, {name: [] for name in policies}
-    for ids in prompts:
+    for ids in progress(prompts, "prompts"):
         ids = torch.tensor([ids], device=model.device)  # (1, L)
         passive = None
         for name, policy in policies.items():

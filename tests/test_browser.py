@@ -3,11 +3,15 @@
 import base64
 import hashlib
 import os
+import shlex
 import subprocess
 import sys
 
 import browser
 import pytest
+import yaml
+
+from corey.paths import ROOT
 
 pytest.importorskip("playwright", reason="playwright is not installed: make browser")
 pytestmark = [
@@ -27,6 +31,29 @@ def lab(tmp_path_factory):
 def errors(notebook):
     outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
     return [f"{each['ename']}: {each['evalue']}" for each in outputs if each["output_type"] == "error"]
+
+
+def strip_as_the_hook_does(path):
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    _, *options = shlex.split(next(hook["entry"] for hook in hooks if hook["id"] == "nbstripout"))
+    subprocess.run([sys.executable, "-m", "nbstripout", *options, path], check=True)
+
+
+@pytest.mark.parametrize("name", ["09_claims", "05_cost_model"])  # in an order of its own
+def test_a_notebook_runs_without_a_word_on_stderr_and_the_hook_cleans_what_is_saved(lab, name):
+    project, address, page = lab
+    saved = project / "notebooks" / f"{name}.ipynb"
+    strip_as_the_hook_does(saved)
+    clean = saved.read_bytes()
+    browser.open_notebook(page, address, name)
+    notebook = browser.run_all(page, limit_s=60)
+    assert errors(notebook) == []
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", ())]
+    assert [output["text"] for output in outputs if output.get("name") == "stderr"] == []
+    page.evaluate("() => jupyterapp.shell.currentWidget.context.save()")
+    assert saved.read_bytes() != clean
+    strip_as_the_hook_does(saved)
+    assert saved.read_bytes() == clean
 
 
 def test_the_quickstart_runs_and_its_figure_follows_a_slider_and_a_menu(lab, tmp_path):

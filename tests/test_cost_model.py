@@ -204,6 +204,15 @@ def test_without_names_equal_groups_cost_the_same(cases, nameless):
     assert (latency.ours[~same] > latency.matched[~same]).all()
 
 
+@pytest.mark.parametrize("seed", [12, 13])
+def test_without_names_entropy_wins_only_where_arithmetic_fuses_less(seed):
+    rows = pd.DataFrame(method_rows(published_cases(seed), name_terms=False))
+    fp16 = rows[rows.precision == "fp16"].pivot(index=["seqlen", "repeat"], columns="method")
+    wins = fp16.latency_ms.ours < fp16.latency_ms.matched - 1e-9
+    assert wins.any()
+    np.testing.assert_array_equal(wins, fp16.mean_depth.matched < fp16.mean_depth.ours)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_without_names_the_name_changes_nothing(cases, method):
     groups = cases[7].plans["ours"][1]

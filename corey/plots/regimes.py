@@ -13,7 +13,7 @@ from corey.figures import GREY, LABEL_POINTS, MARKERS, NOTE_POINTS, PALETTE
 from corey.plots.shapes import short
 
 LINEAR_PERCENT = 5  # regrets are linear up to here and logarithmic beyond
-TICKS = (-10, 0, 10, 30, 100, 1000)
+TICKS = (-10, 0, 5, 20, 100, 1000)
 
 
 def plot_regrets(regrets: pd.DataFrame, rules: Sequence[str], ax: Axes | None = None) -> Axes:
