@@ -1,8 +1,10 @@
 """Files that are whole or absent, whatever happens while they are written, and sizes above which none is read."""
 
+import gzip
 import json
 import os
 import tempfile
+import zlib
 from pathlib import Path
 
 from corey._check import bad_value
@@ -39,9 +41,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_limited(path: Path, limit: int = MAX_BYTES) -> bytes:
-    """The content of a file; ValueError where it is longer than `limit` bytes."""
-    with open(path, "rb") as file:
-        content = file.read(limit + 1)
+    """The content of a file, unpacked if its name ends with .gz; ValueError where it is longer than `limit` bytes."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            content = file.read(limit + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise bad_value(str(path), f"what gzip cannot read ({error})", "a whole .gz file") from error
     if len(content) > limit:
         raise bad_value(str(path), f"more than {limit} bytes", f"at most {limit}")
     return content

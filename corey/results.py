@@ -2,10 +2,12 @@
 
 This is the only module that writes rows. The set `03_chunk_sweep` is `03_chunk_sweep.csv` and `03_chunk_sweep.json`;
 the JSON is written last and holds the checksum of the CSV, so a torn, edited or unexplained set is refused on reading.
-Live sets are in build/results, committed ones in data/results; `python -m corey.results publish NAME` copies.
+Live sets are in build/results, committed ones in data/results; `python -m corey.results publish NAME` copies. A large
+set is committed as `.csv.gz`; the checksum is that of the CSV.
 """
 
 import argparse
+import gzip
 import io
 import json
 import math
@@ -48,6 +50,7 @@ PROVENANCE = {  # what every record must hold; a set whose record lacks any of i
     "versions": "python torch corey".split(),
     "machine": "platform cpu cores gpu".split(),
 }
+PACKED_FROM = 1_500_000  # bytes of a committed CSV
 EVIDENCE_COLUMNS = ("claim", "quantity", "value", "low", "high", "n", "device")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 _TOLD_COMMIT = re.compile(r"([0-9a-f]{40})(-dirty)?")
@@ -98,22 +101,22 @@ def read_rows(name: str, source: str = "live") -> pd.DataFrame:
     if source not in ("live", "committed", "all"):
         raise bad_value("source", repr(source), "'live', 'committed' or 'all'")
     wanted = ("committed", "live") if source == "all" else (source,)
-    present = [each for each in wanted if _csv(each, name).exists()]
+    present = [each for each in wanted if _csv(_folder(each), name).exists()]
     if not present:
         raise FileNotFoundError(
-            f"no {source} rows called {name}: {' and '.join(str(_csv(each, name)) for each in wanted)}"
+            f"no {source} rows called {name}: {' and '.join(str(_csv(_folder(each), name)) for each in wanted)}"
         )
     return pd.concat([_read_one(name, each) for each in present], ignore_index=True)
 
 
 def read_provenance(name: str, source: str = "live") -> dict:
     """The provenance of one result set: commit, hashes, versions, machine, parameters, time, row count and checksum."""
-    return _read_record(_csv(source, name).with_suffix(".json"))
+    return _read_record(_folder(source) / f"{name}.json")
 
 
 def names(source: str = "live") -> list[str]:
     """Names of the result sets that exist, sorted."""
-    return sorted(path.stem for path in _folder(source).glob("*.csv"))
+    return _names(_folder(source))
 
 
 def publish(name: str, folder: Path | None = None) -> Path:
@@ -126,7 +129,7 @@ def publish(name: str, folder: Path | None = None) -> Path:
     _, record, content = _read_set(folder, name)
     if record["code"]["commit"] == "unknown":
         raise bad_value(f"commit of {name}", "unknown", "rows of a checkout in git, or of a copy told $COREY_COMMIT")
-    return _store(paths.RESULTS, name, content, record)
+    return _store(paths.RESULTS, name, content, record, packed=len(content) > PACKED_FROM)
 
 
 def gather(runs: Mapping[str, tuple[Path, Mapping]], name: str, folder: Path, *, parameters: Mapping, notebook: str):
@@ -155,7 +158,7 @@ def gather(runs: Mapping[str, tuple[Path, Mapping]], name: str, folder: Path, *,
 
 def whole_sets(folder: Path) -> list[str]:
     """Names of the result sets in a folder, each of which has been read and checked."""
-    found = sorted(path.stem for path in folder.glob("*.csv"))
+    found = _names(folder)
     for name in found:
         _check_name("name", name)
         _read_set(folder, name)
@@ -227,8 +230,10 @@ def git_state() -> dict:
     return {"commit": found[1], "dirty": found[2] is not None, "commit_from_environment": True}
 
 
-def _store(folder: Path, name: str, content: bytes, record: dict) -> Path:
-    path = write_atomically(folder / f"{name}.csv", content)
+def _store(folder: Path, name: str, content: bytes, record: dict, *, packed: bool = False) -> Path:
+    plain, small = folder / f"{name}.csv", folder / f"{name}.csv.gz"
+    path = write_atomically(small, gzip.compress(content, mtime=0)) if packed else write_atomically(plain, content)
+    (plain if packed else small).unlink(missing_ok=True)
     write_atomically(
         folder / f"{name}.json", (json.dumps(record, indent=1) + "\n").encode()
     )  # last: it marks the set whole
@@ -240,10 +245,10 @@ def _read_one(name: str, source: str) -> pd.DataFrame:
 
 
 def _read_set(folder: Path, name: str) -> tuple[pd.DataFrame, dict, bytes]:
-    path = folder / f"{name}.csv"
-    record, content = _read_record(path.with_suffix(".json")), read_limited(path)
+    path = _csv(folder, name)
+    record, content = _read_record(folder / f"{name}.json"), read_limited(path)
     if sha256(content) != record["sha256"]:
-        raise ValueError(f"{path} differs from the checksum in {path.stem}.json: the rows were edited or half written")
+        raise ValueError(f"{path} differs from the checksum in {name}.json: the rows were edited or half written")
     table = pd.read_csv(io.BytesIO(content), keep_default_na=False, na_values=[""])
     _check_devices(table["device"], path)
     return table, record, content
@@ -268,8 +273,13 @@ def _folder(source: str) -> Path:
     return paths.LIVE_RESULTS if source == "live" else paths.RESULTS
 
 
-def _csv(source: str, name: str) -> Path:
-    return _folder(source) / f"{name}.csv"
+def _csv(folder: Path, name: str) -> Path:
+    packed = folder / f"{name}.csv.gz"
+    return packed if packed.exists() else folder / f"{name}.csv"
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted({path.name.partition(".")[0] for path in (*folder.glob("*.csv"), *folder.glob("*.csv.gz"))})
 
 
 def _check_name(argument: str, name: str) -> None:

@@ -128,6 +128,21 @@ def test_published_rows_stand_beside_live_ones():
     assert results.names("committed") == ["03_try"]
 
 
+def test_a_large_set_is_committed_packed_and_reads_the_same(monkeypatch):
+    results.write_rows([row(), row(latency_us=0.1 + 0.2)], "03_try", parameters={})
+    plain = results.publish("03_try")
+    monkeypatch.setattr(results, "PACKED_FROM", 10)
+    packed = results.publish("03_try")
+    assert (plain.name, packed.name) == ("03_try.csv", "03_try.csv.gz") and packed.exists() and not plain.exists()
+    assert results.names("committed") == ["03_try"]
+    live, committed = (results.read_rows("03_try", each).drop(columns="source") for each in ("live", "committed"))
+    pd.testing.assert_frame_equal(committed, live)
+    assert results.read_provenance("03_try", "committed") == results.read_provenance("03_try")
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"03_try\.csv\.gz"):
+        results.read_rows("03_try", "committed")
+
+
 def test_edited_rows_are_not_published():
     path = results.write_rows([row()], "03_try", parameters={})
     path.write_text("chunk_size,latency_us,device\n1,1,cpu\n")
