@@ -176,5 +176,5 @@ def test_the_grids_of_a_notebook_are_parameters_that_it_takes(path):
 
 def test_every_committed_column_is_in_the_data_dictionary():
     listed = set(re.findall(r"^\| `(\w+)` \|", (paths.ROOT / "data" / "README.md").read_text(), flags=re.M))
-    used = {column: path.name for path in paths.RESULTS.glob("*.csv") for column in pd.read_csv(path, nrows=0).columns}
+    used = {column: path.name for path in paths.RESULTS.glob("*.csv*") for column in pd.read_csv(path, nrows=0).columns}
     assert {column: name for column, name in used.items() if column not in listed} == {}
