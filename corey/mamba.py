@@ -235,8 +235,8 @@ def _mix(
         initial_state=ssm,
         chunk_size=chunk_size,
     )  # (B, D, L), (B, D, N)
-    y = y[:, :, -1:] if last_only else y
-    return F.linear(y.transpose(1, 2), layer.out_proj), conv, ssm  # (B, L, d_model)
+    y = y[:, :, -1:] if last_only else y  # (B, D, L or 1)
+    return F.linear(y.transpose(1, 2), layer.out_proj), conv, ssm  # (B, L or 1, d_model)
 
 
 def _mix_token(layer: Layer, x: Tensor, conv: Tensor, ssm: Tensor) -> Tensor:
