@@ -18,7 +18,7 @@ TOKENS_A_THREAD, CHANNELS_A_THREAD, THREADS_ON_TOKENS, THREADS_ON_CHANNELS = ran
 VECTORS_OF_TOKENS, VECTORS_OF_STATES, STRIDED, CONSTANT = range(4)
 
 _POINTERS = struct.Struct("=14Q")
-_NUMBERS = struct.Struct("=27q5i4x")
+_NUMBERS = struct.Struct("=27q9I4i4x")
 
 
 def macros(*, dtypes, states, order, vectors=(True,) * 4, projections, z=True, D=True, bias=True, softplus=True):
@@ -204,7 +204,8 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
         softplus=delta_softplus,
     )
     tiles = -(-length // TILE)
-    blocks = batch * groups * -(-per_group // (THREADS // lanes_a_channel(states)))
+    blocks_of_group = -(-per_group // (THREADS // lanes_a_channel(states)))
+    blocks = batch * groups * blocks_of_group
     chunk = _chunk(blocks, tiles, torch.cuda.get_device_properties(device).multi_processor_count, chunk_size)
     split = isinstance(chunk_size, torch.Tensor) or chunk < tiles
     pieces = blocks * (tiles if isinstance(chunk_size, torch.Tensor) else -(-tiles // chunk))
@@ -231,7 +232,8 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
     numbers += [*_projection_strides(B), *_projection_strides(C), *A.stride()]
     numbers += [0 if x is None else x.stride(0) for x in (D, delta_bias)]
     numbers += (0, 0, 0) if initial_state is None else initial_state.stride()
-    numbers += [batch, channels, length, groups, chunk * TILE]
+    numbers += [*_divisor(blocks_of_group), *_divisor(groups), *_divisor(batch)]
+    numbers += [channels, per_group, length, chunk * TILE]
     return Plan(launches, tiles * split, _NUMBERS.pack(*numbers), _cuda.source_version())
 
 
@@ -247,6 +249,12 @@ def _chunk(blocks, tiles, processors, chunk_size):
     if isinstance(chunk_size, torch.Tensor) or 0.87 <= busy <= 1 or busy >= 1.25:
         return tiles
     return min(max(1, blocks * tiles // (16 * processors)), 4, tiles)
+
+
+def _divisor(by):
+    """by, magic and shift of a `Divisor`: n // by == (n * magic // 2**32 + n) >> shift for n below 2**31."""
+    shift = (by - 1).bit_length()
+    return by, (2**shift - by << 32) // by + 1, shift
 
 
 def default_chunk(batch, d_inner, seqlen, processors, d_state=16):
@@ -289,14 +297,15 @@ def _projection(x, states):
         return CONSTANT
     token, state = x.dim() - 1, x.dim() - 2
 
-    def wide(across):
+    def wide(across, elements):
+        size = min(16, elements * x.dtype.itemsize)
         others = [axis for axis in range(x.dim()) if axis != across and x.shape[axis] > 1]
-        aligned = all(x.stride(axis) * x.dtype.itemsize % 16 == 0 for axis in others)
-        return x.stride(across) == 1 and x.data_ptr() % 16 == 0 and aligned
+        aligned = all(x.stride(axis) * x.dtype.itemsize % size == 0 for axis in others)
+        return x.stride(across) == 1 and x.data_ptr() % size == 0 and aligned
 
-    if wide(token):
+    if wide(token, 2):
         return VECTORS_OF_TOKENS
-    return VECTORS_OF_STATES if states % 8 == 0 and wide(state) else STRIDED
+    return VECTORS_OF_STATES if states % 8 == 0 and wide(state, 8) else STRIDED
 
 
 def _projection_strides(x):

@@ -42,6 +42,9 @@ enum { VECTORS_OF_TOKENS, VECTORS_OF_STATES, STRIDED, CONSTANT };             //
 struct Strides { int64 batch, channel, token; };          // of u, delta, z, y, in elements
 struct Projection { int64 batch, group, state, token; };  // of B, C; where constant, `token` is the stride of the channel
 
+struct Divisor { unsigned by, magic, shift; };             // n / by without a division, for n < 2^31
+__device__ __forceinline__ unsigned operator/(unsigned n, const Divisor& d) { return (__umulhi(n, d.magic) + n) >> d.shift; }
+
 struct Params {
   const T_U* u; const T_DELTA* delta; const T_Z* z; T_U* y; const T_B* B; const T_C* C;
   const float *A, *D, *bias, *initial; float* last;
@@ -50,7 +53,8 @@ struct Params {
   const int* device_chunk;
   Strides su, sdelta, sz, sy; Projection sB, sC;
   int64 A_channel, A_state, D_channel, bias_channel, initial_batch, initial_channel, initial_state;
-  int batch, channels, length, groups, chunk;
+  Divisor blocks, groups, batch;  // blocks of channels a group
+  int channels, group_channels, length, chunk;
 };
 
 struct Place { int b, g, channel, channels, first, end; bool any; };  // first channel, how many; tokens
@@ -60,16 +64,17 @@ __device__ __forceinline__ Place locate(const Params& p) {
   const int tiles = (p.length - 1) / TILE + 1;
   const int asked = p.device_chunk ? *p.device_chunk : p.chunk;
   const int chunk = min(max((asked - 1) / TILE + 1, 1), tiles) * TILE;
-  const int per_group = p.channels / p.groups, blocks = (per_group - 1) / CHANNELS + 1;
   unsigned i = blockIdx.x;
-  const int block = i % blocks;
-  i /= blocks;
-  w.g = i % p.groups;
-  i /= p.groups;
-  w.b = i % p.batch;
-  i /= p.batch;
-  w.channel = w.g * per_group + block * CHANNELS;
-  w.channels = min(CHANNELS, per_group - block * CHANNELS);
+  const auto digit = [&](const Divisor& d) {  // the grid counts blocks fastest, then groups, batch rows and chunks
+    const unsigned n = i;
+    i = n / d;
+    return int(n - i * d.by);
+  };
+  const int block = digit(p.blocks);
+  w.g = digit(p.groups);
+  w.b = digit(p.batch);
+  w.channel = w.g * p.group_channels + block * CHANNELS;
+  w.channels = min(CHANNELS, p.group_channels - block * CHANNELS);
   w.any = (int64)i * chunk < p.length;
   w.first = i * chunk;
   w.end = min(w.first + chunk, p.length);
@@ -139,12 +144,11 @@ template <class X, bool VECTOR> struct Walker {
     at = x + w.b * st.batch + (w.channel + c) * st.channel + (w.first + t) * st.token;
   }
   __device__ __forceinline__ void advance(const Strides& st) { at += T * st.token; }
-  __device__ __forceinline__ X* element_at(int e, const Strides& st) const {
-    if (VECTOR) return at + e;
+  static __device__ __forceinline__ int64 step(const Strides& st) {  // from one element to the next
     int c0, t0, c, t;
     element(0, c0, t0);
-    element(e, c, t);
-    return at + (c - c0) * st.channel + (t - t0) * st.token;
+    element(1, c, t);
+    return VECTOR ? 1 : (c - c0) * st.channel + (t - t0) * st.token;
   }
 };
 
@@ -160,8 +164,9 @@ template <bool ALL, class X, bool VECTOR> __device__ __forceinline__ void load(E
   if (VECTOR && (ALL || whole(t0, w))) to.load(x.at);
   else {
     alignas(16) X elements[EACH];
+    const X* from = x.at;
 #pragma unroll
-    for (int e = 0; e < EACH; ++e) elements[e] = ALL || there(e, t0, w) ? *x.element_at(e, st) : from_float<X>(0.f);
+    for (int e = 0; e < EACH; ++e, from += x.step(st)) elements[e] = ALL || there(e, t0, w) ? *from : from_float<X>(0.f);
     to.gather(elements);
   }
   x.advance(st);
@@ -173,8 +178,9 @@ template <bool ALL> __device__ __forceinline__ void store(Walker<T_U, VECTOR_Y>&
     packed.pack(out);
     packed.store(y.at);
   } else {
+    T_U* to = y.at;
 #pragma unroll
-    for (int e = 0; e < EACH; ++e) if (ALL || there(e, t0, w)) *y.element_at(e, st) = from_float<T_U>(out[e]);
+    for (int e = 0; e < EACH; ++e, to += y.step(st)) if (ALL || there(e, t0, w)) *to = from_float<T_U>(out[e]);
   }
   y.advance(st);
 }
@@ -185,12 +191,12 @@ template <bool ALL> __device__ __forceinline__ void store(Walker<T_U, VECTOR_Y>&
 __device__ __forceinline__ int quad(int t, int q) { return 4 * (t * QUADS + t / 2 + q); }
 
 template <class X, int LAYOUT> struct Projected {
-  static constexpr bool FAST = LAYOUT < STRIDED;
-  static constexpr int VECTORS = LAYOUT == VECTORS_OF_TOKENS ? 4 : 1, LONG = 8 / VECTORS;  // of a piece: two quads
-  static constexpr int ALONG = LAYOUT == VECTORS_OF_TOKENS ? T / LONG : (N + LONG - 1) / LONG;     // pieces along its vectors
-  static constexpr int PIECES = LAYOUT == VECTORS_OF_TOKENS ? ALONG * ((N + 3) / 4) : ALONG * T;
-  static constexpr int SHARE = THREADS / 2, EACH_THREAD = FAST ? (PIECES + SHARE - 1) / SHARE : 1;
-  static constexpr bool AHEAD = FAST && EACH_THREAD <= 2;  // loaded a round ahead, into registers
+  static constexpr bool OF_STATES = LAYOUT == VECTORS_OF_STATES;
+  static constexpr int VECTORS = OF_STATES ? 1 : 4, LONG = 8 / VECTORS;  // of a piece: two quads
+  static constexpr int ALONG = OF_STATES ? (N + LONG - 1) / LONG : T / LONG;     // pieces along its vectors
+  static constexpr int PIECES = OF_STATES ? ALONG * T : ALONG * ((N + 3) / 4);
+  static constexpr int SHARE = THREADS / 2, EACH_THREAD = LAYOUT == CONSTANT ? 0 : (PIECES + SHARE - 1) / SHARE;
+  static constexpr bool AHEAD = EACH_THREAD > 0 && EACH_THREAD <= 2;  // loaded a round ahead, into registers
   Elements<X, LONG> piece[AHEAD ? EACH_THREAD : 1][VECTORS];
   const X *base, *at[AHEAD ? EACH_THREAD : 1];
   const int id;  // counts the threads that work on this projection
@@ -200,8 +206,8 @@ template <class X, int LAYOUT> struct Projected {
     for (int k = 0; k < (AHEAD ? EACH_THREAD : 0); ++k) at[k] = address(k * SHARE + id, st, first);
   }
   static __device__ __forceinline__ void start(int i, int& n, int& t) {
-    if (LAYOUT == VECTORS_OF_TOKENS) { n = i / ALONG * 4; t = i % ALONG * LONG; }
-    else { n = i % ALONG * LONG; t = i / ALONG; }
+    if (OF_STATES) { n = i % ALONG * LONG; t = i / ALONG; }
+    else { n = i / ALONG * 4; t = i % ALONG * LONG; }
   }
   __device__ __forceinline__ const X* address(int i, const Projection& st, int t0) const {
     int n, t;
@@ -212,16 +218,14 @@ template <class X, int LAYOUT> struct Projected {
     int n, t;
     start(i, n, t);
 #pragma unroll
-    for (int v = 0; v < VECTORS; ++v) {
-      const int n_v = LAYOUT == VECTORS_OF_TOKENS ? n + v : n, t_v = t0 + t + (LAYOUT == VECTORS_OF_TOKENS ? 0 : v);
-      const X* vector = from + v * (LAYOUT == VECTORS_OF_TOKENS ? st.state : st.token);
-      const bool state = LAYOUT == VECTORS_OF_STATES || N % 4 == 0 || n_v < N;
-      if (state && (ALL || (LAYOUT == VECTORS_OF_TOKENS ? t_v + LONG <= end : t_v < end))) to[v].load(vector);
+    for (int v = 0; v < VECTORS; ++v, from += st.state) {
+      const bool state = OF_STATES || N % 4 == 0 || n + v < N;
+      if (LAYOUT != STRIDED && state && (ALL || t0 + t + (OF_STATES ? 0 : LONG - 1) < end)) to[v].load(from);
       else {
         alignas(16) X elements[LONG];
 #pragma unroll
         for (int e = 0; e < LONG; ++e)
-          elements[e] = LAYOUT == VECTORS_OF_TOKENS && state && t_v + e < end ? vector[e] : from_float<X>(0.f);
+          elements[e] = !OF_STATES && state && (ALL || t0 + t + e < end) ? from[e * st.token] : from_float<X>(0.f);
         to[v].gather(elements);
       }
     }
@@ -234,8 +238,8 @@ template <class X, int LAYOUT> struct Projected {
     for (int v = 0; v < VECTORS; ++v) from[v].unpack(f[v]);
 #pragma unroll
     for (int q = 0; q < 2; ++q) {
-      if (LAYOUT == VECTORS_OF_TOKENS) *(float4*)(s + quad(t + q, n / 4)) = make_float4(f[0][q], f[1][q], f[2][q], f[3][q]);
-      else *(float4*)(s + quad(t, n / 4 + q)) = make_float4(f[0][4 * q], f[0][4 * q + 1], f[0][4 * q + 2], f[0][4 * q + 3]);
+      if constexpr (OF_STATES) *(float4*)(s + quad(t, n / 4 + q)) = make_float4(f[0][4 * q], f[0][4 * q + 1], f[0][4 * q + 2], f[0][4 * q + 3]);
+      else *(float4*)(s + quad(t + q, n / 4)) = make_float4(f[0][q], f[1][q], f[2][q], f[3][q]);
     }
   }
 
@@ -252,16 +256,10 @@ template <class X, int LAYOUT> struct Projected {
 #pragma unroll
       for (int k = 0; k < EACH_THREAD; ++k)
         if (PIECES % SHARE == 0 || k * SHARE + id < PIECES) put_piece(s, piece[k], k * SHARE + id);
-    } else if constexpr (FAST) {
+    } else if constexpr (LAYOUT != CONSTANT) {
       for (int i = id; i < PIECES; i += SHARE) {
         load_piece<false>(piece[0], address(i, st, t0), st, i, t0, end);
         put_piece(s, piece[0], i);
-      }
-    } else if constexpr (LAYOUT == STRIDED) {
-      for (int i = id; i < T * N; i += SHARE) {
-        const bool by_state = st.state < st.token;
-        const int n = by_state ? i % N : i / T, t = by_state ? i / N : i % T;
-        s[quad(t, n / 4) + n % 4] = t0 + t < end ? to_float(base[n * st.state + (t0 + t) * st.token]) : 0.f;
       }
     }
   }
@@ -382,7 +380,7 @@ template <bool FIND_S, bool FIND_Y> struct Lane {
 
   __device__ __forceinline__ Lane(const Params& p, const Place& w, Memory<FIND_Y>& memory)
       : p(p), w(w), memory(memory), sub(threadIdx.x % 32 / ABREAST), mine(threadIdx.x / 32 * ABREAST + threadIdx.x % ABREAST),
-        rows((int64)p.batch * p.channels), channel(w.channel + mine), row(w.b * (int64)p.channels + channel), sum(0.f) {
+        rows((int64)p.batch.by * p.channels), channel(w.channel + mine), row(w.b * (int64)p.channels + channel), sum(0.f) {
 #pragma unroll
     for (int i = 0; i < STATES; ++i) {
       const int n = sub * STATES + i;
@@ -466,9 +464,14 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
   const Place w = locate(p);
   if (!w.any) return;
   Elementwise<FIND_Y> elementwise(p, w, memory);
-  elementwise.template fetch<false>(w.first);
+  const bool full = w.channels == CHANNELS;
+  const auto fetch = [&](int t0) {
+    if (full && t0 + T <= w.end) elementwise.template fetch<true>(t0);
+    else if (t0 < w.end) elementwise.template fetch<false>(t0);
+  };
+  fetch(w.first);
   Lane<FIND_S, FIND_Y> lane(p, w, memory);
-  for (int c = threadIdx.x; c < CHANNELS; c += THREADS) {
+  if (const int c = threadIdx.x; c < CHANNELS) {
     memory.bias[c] = HAS_BIAS && c < w.channels ? p.bias[(w.channel + c) * p.bias_channel] : 0.f;
     memory.D[c] = HAS_D && c < w.channels ? p.D[(w.channel + c) * p.D_channel] : 0.f;
   }
@@ -481,14 +484,12 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
 
 #pragma unroll 1
   for (int t0 = w.first; t0 < w.end; t0 += T) {
-    // These tokens and the next. Pays for twice the code only where loads are vectors.
-    const bool all = VECTOR_U && VECTOR_DELTA && VECTOR_Y && w.channels == CHANNELS && t0 + 2 * T <= w.end;
+    const bool all = full && t0 + T <= w.end;
     if (!FIND_S && t0 % TILE == 0) lane.begin_tile(t0);
     if (all) elementwise.template stage<true>(t0);
     else elementwise.template stage<false>(t0);
     __syncthreads();
-    if (all) elementwise.template fetch<true>(t0 + T);  // arrives while these tokens are walked
-    else elementwise.template fetch<false>(t0 + T);
+    fetch(t0 + T);  // arrives while these tokens are walked
     lane.walk();
     if (FIND_S && ((t0 + T) % TILE == 0 || t0 + T >= w.end)) lane.end_tile(t0);
     __syncthreads();
@@ -500,7 +501,7 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
 }
 
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void scan_both(const __grid_constant__ Params p) { pass<true, true>(p); }
-extern "C" __global__ __launch_bounds__(THREADS, BLOCKS + (MAP == CHANNELS_A_THREAD ? 1 : 2)) void scan_states(const __grid_constant__ Params p) { pass<true, false>(p); }
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS + (MAP == TOKENS_A_THREAD ? 2 : 1)) void scan_states(const __grid_constant__ Params p) { pass<true, false>(p); }
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void scan_outputs(const __grid_constant__ Params p) { pass<false, true>(p); }
 
 // One (batch row, channel, state): s of every tile becomes the state before it.
@@ -513,6 +514,7 @@ struct Chain {
   float A, H;
 
   __device__ __forceinline__ void load(Tiles& to, int first) const {
+    if (first >= tiles) return;
 #pragma unroll
     for (int j = 0; j < AHEAD; ++j)
       if (first + j < tiles) { to.s[j] = p.tiles[(first + j) * rows * N + i]; to.sum[j] = p.sums[(first + j) * rows + row]; }
@@ -528,7 +530,7 @@ struct Chain {
 };
 
 extern "C" __global__ void scan_carry(const __grid_constant__ Params p) {
-  const int64 rows = (int64)p.batch * p.channels, i = (int64)blockIdx.x * blockDim.x + threadIdx.x;
+  const int64 rows = (int64)p.batch.by * p.channels, i = (int64)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= rows * N) return;
   const int64 row = i / N, b = row / p.channels, channel = row % p.channels;
   const int n = i % N;
