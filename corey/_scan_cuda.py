@@ -42,7 +42,7 @@ TUNED = [
 class Plan:
     """All that the launches need but the addresses, for tensors of these shapes, strides, dtypes and alignments."""
 
-    launches: tuple  # (function, grid, threads, shared bytes), in order
+    launches: tuple  # (function, grid, threads, shared bytes, early), in order
     tiles: int  # of a sequence that is split, else 0
     numbers: bytes
     version: int
@@ -169,8 +169,8 @@ def _launch(plan, addresses, y, last):
         device_chunk,
     )
     params = pointers + plan.numbers
-    for function, grid, threads, shared in plan.launches:
-        _cuda.launch(function, grid, threads, shared, params)
+    for function, grid, threads, shared, early in plan.launches:
+        _cuda.launch(function, grid, threads, shared, params, early=early)
 
 
 # ---- plans -----------------------------------------------------------------------------------------------------------
@@ -213,18 +213,18 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
     if max(pieces, rows_of_state, length + TILE) >= 2**31:
         raise bad_value("u", f"shape {tuple(u.shape)}", "fewer than 2^31 tokens a sequence and 2^31 blocks of work")
 
-    def launch(name, blocks=pieces, threads=THREADS, shared=0):
+    def launch(name, blocks=pieces, threads=THREADS, shared=0, early=False):
         function = _cuda.function(SOURCE, name, device, variant)
         if shared > 48 << 10:
             function.allow_shared(shared)
-        return function, (blocks, 1, 1), threads, shared
+        return function, (blocks, 1, 1), threads, shared, early
 
     without, with_outputs = (_shared_bytes(states, outputs) for outputs in (False, True))
     if split:
         launches = (
             launch("scan_states", shared=without),
-            launch("scan_carry", rows_of_state, CARRY_THREADS),
-            launch("scan_outputs", shared=with_outputs),
+            launch("scan_carry", rows_of_state, CARRY_THREADS, early=True),
+            launch("scan_outputs", shared=with_outputs, early=True),
         )
     else:
         launches = (launch("scan_both", shared=with_outputs),)
@@ -246,7 +246,7 @@ def _chunk(blocks, tiles, processors, chunk_size):
     busy = blocks / processors
     if isinstance(chunk_size, int):
         return min(chunk_size // TILE, tiles)
-    if isinstance(chunk_size, torch.Tensor) or 0.87 <= busy <= 1 or busy >= 1.25:
+    if isinstance(chunk_size, torch.Tensor) or 0.93 <= busy <= 1 or busy >= 1.3:
         return tiles
     return min(max(1, blocks * tiles // (16 * processors)), 4, tiles)
 

@@ -83,11 +83,16 @@ struct Vec16 {
 // A launch may begin before the kernel ahead of it on its stream has ended (corey/_cuda.py, `launch`). Nothing that another
 // kernel writes may be read before this call, and nothing written; every block must make it. The next kernel may begin
 // in the same way as soon as every block has got here.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ void wait_for_earlier_kernels() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+    let_next_kernel_begin();
 }
 
 // ---- functions ----

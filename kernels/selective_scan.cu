@@ -197,7 +197,8 @@ template <class X, int LAYOUT> struct Projected {
   static constexpr int PIECES = OF_STATES ? ALONG * T : ALONG * ((N + 3) / 4);
   static constexpr int SHARE = THREADS / 2, EACH_THREAD = LAYOUT == CONSTANT ? 0 : (PIECES + SHARE - 1) / SHARE;
   static constexpr bool AHEAD = EACH_THREAD > 0 && EACH_THREAD <= 2;  // loaded a round ahead, into registers
-  Elements<X, LONG> piece[AHEAD ? EACH_THREAD : 1][VECTORS];
+  using Piece = Elements<X, LONG>[VECTORS];
+  struct Pieces { Piece at[AHEAD ? EACH_THREAD : 1]; };
   const X *base, *at[AHEAD ? EACH_THREAD : 1];
   const int id;  // counts the threads that work on this projection
 
@@ -214,7 +215,7 @@ template <class X, int LAYOUT> struct Projected {
     start(i, n, t);
     return base + n * st.state + (t0 + t) * st.token;
   }
-  template <bool ALL> static __device__ __forceinline__ void load_piece(Elements<X, LONG> (&to)[VECTORS], const X* from, const Projection& st, int i, int t0, int end) {
+  template <bool ALL> static __device__ __forceinline__ void load_piece(Piece& to, const X* from, const Projection& st, int i, int t0, int end) {
     int n, t;
     start(i, n, t);
 #pragma unroll
@@ -230,36 +231,37 @@ template <class X, int LAYOUT> struct Projected {
       }
     }
   }
-  static __device__ __forceinline__ void put_piece(float* s, const Elements<X, LONG> (&from)[VECTORS], int i) {
+  static __device__ __forceinline__ void put_piece(float* s, const Piece& from, int i) {
     int n, t;
     start(i, n, t);
     float f[VECTORS][LONG];
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) from[v].unpack(f[v]);
+    s += quad(t, n / 4);
 #pragma unroll
-    for (int q = 0; q < 2; ++q) {
-      if constexpr (OF_STATES) *(float4*)(s + quad(t, n / 4 + q)) = make_float4(f[0][4 * q], f[0][4 * q + 1], f[0][4 * q + 2], f[0][4 * q + 3]);
-      else *(float4*)(s + quad(t + q, n / 4)) = make_float4(f[0][q], f[1][q], f[2][q], f[3][q]);
-    }
+    for (int q = 0; q < 2; ++q)  // t is even where the quads are of two tokens: no empty quad lies between
+      if constexpr (OF_STATES) *(float4*)(s + 4 * q) = make_float4(f[0][4 * q], f[0][4 * q + 1], f[0][4 * q + 2], f[0][4 * q + 3]);
+      else *(float4*)(s + 4 * QUADS * q) = make_float4(f[0][q], f[1][q], f[2][q], f[3][q]);
   }
 
-  template <bool ALL> __device__ __forceinline__ void load(const Projection& st, int t0, int end) {
+  template <bool ALL> __device__ __forceinline__ void load(Pieces& to, const Projection& st, int t0, int end) {
     if constexpr (AHEAD)
 #pragma unroll
       for (int k = 0; k < EACH_THREAD; ++k) {
-        if (PIECES % SHARE == 0 || k * SHARE + id < PIECES) load_piece<ALL>(piece[k], at[k], st, k * SHARE + id, t0, end);
+        if (PIECES % SHARE == 0 || k * SHARE + id < PIECES) load_piece<ALL>(to.at[k], at[k], st, k * SHARE + id, t0, end);
         at[k] += T * st.token;
       }
   }
-  __device__ __forceinline__ void put(float* s, const Projection& st, int t0, int end) {
+  __device__ __forceinline__ void put(float* s, const Pieces& from, const Projection& st, int t0, int end) {
     if constexpr (AHEAD) {
 #pragma unroll
       for (int k = 0; k < EACH_THREAD; ++k)
-        if (PIECES % SHARE == 0 || k * SHARE + id < PIECES) put_piece(s, piece[k], k * SHARE + id);
+        if (PIECES % SHARE == 0 || k * SHARE + id < PIECES) put_piece(s, from.at[k], k * SHARE + id);
     } else if constexpr (LAYOUT != CONSTANT) {
       for (int i = id; i < PIECES; i += SHARE) {
-        load_piece<false>(piece[0], address(i, st, t0), st, i, t0, end);
-        put_piece(s, piece[0], i);
+        Piece piece;
+        load_piece<false>(piece, address(i, st, t0), st, i, t0, end);
+        put_piece(s, piece, i);
       }
     }
   }
@@ -275,6 +277,15 @@ __device__ __forceinline__ float carry(float A, float sum, float H, float s) {
 
 // ---- the passes ------------------------------------------------------------------------------------------------------
 
+// A thread's inputs for T tokens, on their way from memory while it walks the tokens before.
+struct Inputs {
+  Elements<T_U, EACH> u;
+  Elements<T_DELTA, EACH> delta;
+  Elements<T_Z, EACH> z;
+  Projected<T_B, LAYOUT_B>::Pieces B;
+  Projected<T_C, LAYOUT_C>::Pieces C;
+};
+
 // What all threads do for a block's channels, element by element: steps and inputs before the walk, y after it.
 template <bool FIND_Y> struct Elementwise {
   const Params& p;
@@ -284,9 +295,6 @@ template <bool FIND_Y> struct Elementwise {
   Walker<const T_DELTA, VECTOR_DELTA> delta;
   Walker<const T_Z, VECTOR_Z> z;
   Walker<T_U, VECTOR_Y> y;
-  Elements<T_U, EACH> u_next, u_now;
-  Elements<T_DELTA, EACH> delta_next;
-  Elements<T_Z, EACH> z_next, z_now;
   const bool stages_B;
   Projected<T_B, LAYOUT_B> B;
   Projected<T_C, LAYOUT_C> C;
@@ -296,21 +304,19 @@ template <bool FIND_Y> struct Elementwise {
         B(p.B + w.b * p.sB.batch + w.g * p.sB.group, p.sB, threadIdx.x % (THREADS / 2), w.first),
         C(p.C + w.b * p.sC.batch + w.g * p.sC.group, p.sC, threadIdx.x % (THREADS / 2), w.first) {}
 
-  template <bool ALL> __device__ __forceinline__ void fetch(int t0) {
-    load<ALL>(u_next, u, p.su, t0, w);
-    load<ALL>(delta_next, delta, p.sdelta, t0, w);
-    if (FIND_Y && HAS_Z) load<ALL>(z_next, z, p.sz, t0, w);
-    if (stages_B) B.template load<ALL>(p.sB, t0, w.end);
-    else if (FIND_Y) C.template load<ALL>(p.sC, t0, w.end);
+  template <bool ALL> __device__ __forceinline__ void fetch(Inputs& to, int t0) {
+    load<ALL>(to.u, u, p.su, t0, w);
+    load<ALL>(to.delta, delta, p.sdelta, t0, w);
+    if (FIND_Y && HAS_Z) load<ALL>(to.z, z, p.sz, t0, w);
+    if (stages_B) B.template load<ALL>(to.B, p.sB, t0, w.end);
+    else if (FIND_Y) C.template load<ALL>(to.C, p.sC, t0, w.end);
   }
 
-  template <bool ALL> __device__ __forceinline__ void stage(int t0) {  // steps and inputs, B and C
+  template <bool ALL> __device__ __forceinline__ void stage(const Inputs& from, int t0) {  // steps and inputs, B and C
     float step[EACH], in[EACH];
     int c, t;
-    delta_next.unpack(step);
-    u_now = u_next;
-    z_now = z_next;
-    u_now.unpack(in);
+    from.delta.unpack(step);
+    from.u.unpack(in);
 #pragma unroll
     for (int e = 0; e < EACH; ++e) {
       element(e, c, t);
@@ -334,28 +340,28 @@ template <bool FIND_Y> struct Elementwise {
         memory.in[row_of(c) + t] = in[e];
       }
     }
-    if (stages_B) B.put(memory.B, p.sB, t0, w.end);
-    else if (FIND_Y) C.put(memory.C, p.sC, t0, w.end);
+    if (stages_B) B.put(memory.B, from.B, p.sB, t0, w.end);
+    else if (FIND_Y) C.put(memory.C, from.C, p.sC, t0, w.end);
   }
 
-  template <bool ALL> __device__ __forceinline__ void finish(int t0) {  // sum over lanes, skip and gate
+  template <bool ALL> __device__ __forceinline__ void finish(const Inputs& from, int t0) {  // sum over lanes, skip and gate
     float out[EACH], skip[EACH], gate[EACH];
     int c, t;
 #pragma unroll
     for (int l = 0; l < LANES; ++l) {
       alignas(16) float share[EACH];
-      const float* from = memory.y + l * ROWS;
+      const float* shares = memory.y + l * ROWS;
       element(0, c, t);
 #pragma unroll
       for (int e = 0; e < EACH; e += MAP == TOKENS_A_THREAD ? 4 : 1) {
-        if (MAP == TOKENS_A_THREAD) *(float4*)(share + e) = *(const float4*)(from + row_of(c) + t + e);
-        else { element(e, c, t); share[e] = from[row_of(c) + t]; }
+        if (MAP == TOKENS_A_THREAD) *(float4*)(share + e) = *(const float4*)(shares + row_of(c) + t + e);
+        else { element(e, c, t); share[e] = shares[row_of(c) + t]; }
       }
 #pragma unroll
       for (int e = 0; e < EACH; ++e) out[e] = l ? __fadd_rn(out[e], share[e]) : share[e];
     }
-    u_now.unpack(skip);
-    z_now.unpack(gate);
+    from.u.unpack(skip);
+    from.z.unpack(gate);
 #pragma unroll
     for (int e = 0; e < EACH; ++e) {
       element(e, c, t);
@@ -463,13 +469,15 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
   Memory<FIND_Y>& memory = *(Memory<FIND_Y>*)shared;
   const Place w = locate(p);
   if (!w.any) return;
+  if (!FIND_Y) let_next_kernel_begin();
   Elementwise<FIND_Y> elementwise(p, w, memory);
   const bool full = w.channels == CHANNELS;
-  const auto fetch = [&](int t0) {
-    if (full && t0 + T <= w.end) elementwise.template fetch<true>(t0);
-    else if (t0 < w.end) elementwise.template fetch<false>(t0);
+  const auto fetch = [&](Inputs& to, int t0) {
+    if (full && t0 + T <= w.end) elementwise.template fetch<true>(to, t0);
+    else if ((FIND_S && FIND_Y) || t0 < w.end) elementwise.template fetch<false>(to, t0);  // for one pass the compiler does better so
   };
-  fetch(w.first);
+  Inputs now;
+  fetch(now, w.first);
   Lane<FIND_S, FIND_Y> lane(p, w, memory);
   if (const int c = threadIdx.x; c < CHANNELS) {
     memory.bias[c] = HAS_BIAS && c < w.channels ? p.bias[(w.channel + c) * p.bias_channel] : 0.f;
@@ -481,22 +489,25 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
       if (FIND_Y) memory.C[i] = 0.f;
     }
   __syncthreads();
+  if (!FIND_S) wait_for_earlier_kernels();  // for the states before the tiles: all that was read so far is older
 
 #pragma unroll 1
   for (int t0 = w.first; t0 < w.end; t0 += T) {
     const bool all = full && t0 + T <= w.end;
     if (!FIND_S && t0 % TILE == 0) lane.begin_tile(t0);
-    if (all) elementwise.template stage<true>(t0);
-    else elementwise.template stage<false>(t0);
+    if (all) elementwise.template stage<true>(now, t0);
+    else elementwise.template stage<false>(now, t0);
     __syncthreads();
-    fetch(t0 + T);  // arrives while these tokens are walked
+    Inputs next;
+    fetch(next, t0 + T);
     lane.walk();
     if (FIND_S && ((t0 + T) % TILE == 0 || t0 + T >= w.end)) lane.end_tile(t0);
     __syncthreads();
     if (FIND_Y) {
-      if (all) elementwise.template finish<true>(t0);
-      else elementwise.template finish<false>(t0);
+      if (all) elementwise.template finish<true>(now, t0);
+      else elementwise.template finish<false>(now, t0);
     }
+    now = next;
   }
 }
 
@@ -537,6 +548,7 @@ extern "C" __global__ void scan_carry(const __grid_constant__ Params p) {
   const float A = finite(__fmul_rn(p.A[channel * p.A_channel + n * p.A_state], LOG2E));
   const float H = p.initial ? p.initial[b * p.initial_batch + channel * p.initial_channel + n * p.initial_state] : 0.f;
   Chain chain{p, i, rows, row, (p.length - 1) / TILE + 1, A, H};
+  wait_for_earlier_kernels();
   Chain::Tiles now, next;
   chain.load(now, 0);
   for (int first = 0; first < chain.tiles; first += 2 * Chain::AHEAD) {  // what is linked next is on its way meanwhile

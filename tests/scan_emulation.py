@@ -27,7 +27,7 @@ class Emulation:
     def function(self, source, name, device, macros):
         return _Function(self._library(source, macros), KERNELS_OF_SCAN.index(name))
 
-    def launch(self, function, grid, threads, shared_bytes, params):
+    def launch(self, function, grid, threads, shared_bytes, params, *, early):
         function.library.run(function.which, bytes(params), grid[0], threads, shared_bytes)
 
     def source_version(self):
