@@ -24,7 +24,7 @@ P_EPS = 1e-10  # as in corey/entropy.py and the kernel
 # Bins over a pool's own range: one cooperative launch, or a launch that finds the range before the one that counts.
 ONE_LAUNCH = True
 
-_THREADS, _DEPTH, _MOST_BLOCKS = 1024, 8, 256  # as in the kernel
+_THREADS, _FIXED_DEPTH, _DEPTH, _MOST_BLOCKS = 1024, 4, 8, 256  # as in the kernel
 _POOL_THREADS = 512
 _FEW_VALUES = 8192  # up to here one block takes a pool as fast as many
 
@@ -262,7 +262,7 @@ def _plan(x: Tensor, view: _View, num_bins, bounds, log_base, rule) -> Plan:
     small = rows_outer == 1 and size < 2**31 and (size <= _FEW_VALUES or pools >= processors)
     unit_stride = not small and step == 1
     vector = 16 // x.dtype.itemsize if unit_stride else 1
-    tiles = max(1, math.ceil(inner // vector / (32 * _DEPTH)))
+    tiles = max(1, math.ceil(inner // vector / (32 * (_FIXED_DEPTH if bounds else _DEPTH))))
 
     bins, quick = fixed_bins(*(bounds or (0.0, 1.0)), num_bins, None if small else x.dtype)
     members = skip = 1

@@ -6,7 +6,7 @@
 //
 // A pool is one histogram's values. In the first two kernels its values are `rows_outer` x `rows_inner` rows of `inner`
 // values. A warp takes a tile of 32 x DEPTH slots of a row at a time, all of whose loads are issued before the first
-// value is used: at (1, 4096, 2048) in bf16 on 132 multiprocessors the whole tensor is in flight at once. A slot is 16
+// value is used: of the 32 warps of a block 64 KiB, or 128 KiB where values are to stay in registers. A slot is 16
 // aligned bytes where neighbours in a row are neighbours in memory, else one value; a row's first and last values that
 // fill no 16 bytes are read singly.
 //
@@ -23,7 +23,11 @@
 
 constexpr int THREADS = 1024, WARPS = THREADS / 32;
 constexpr int MOST_BLOCKS = 256;  // on one pool
-constexpr int DEPTH = 8;          // slots in flight a lane
+#if defined(ENTROPY) && RANGE == 0
+constexpr int DEPTH = 4;  // slots in flight a lane
+#else
+constexpr int DEPTH = 8;  // so many that a lane still holds them when the range is known
+#endif
 constexpr int VECTOR = UNIT_STRIDE ? 16 / int(sizeof(T_X)) : 1;
 
 // The host packs reciprocal = ceil(2^32 / by), or 0 where by is 1.
@@ -151,6 +155,12 @@ struct Tile {
         return int(min(int64(-(reinterpret_cast<uint64>(row) / sizeof(T_X)) & (VECTOR - 1)), p.inner));
     }
     __device__ __forceinline__ void load(const Params& p, const T_X* pool) {
+        load(p, pool, [] {});
+    }
+    // Calls use() after the loads, in one stretch of code with them where all slots lie in the row: then it waits for
+    // one load at a time, elsewhere for all of them.
+    template <typename Use>
+    __device__ __forceinline__ void load(const Params& p, const T_X* pool, Use use) {
         const T_X* at = row(p, pool);
         const int first = head(p, at), lane = threadIdx.x & 31;
         const int64 start = int64(tile) * (32 * DEPTH), slots_left = (p.inner - first) / VECTOR - start;
@@ -160,7 +170,9 @@ struct Tile {
             present = DEPTH;
 #pragma unroll
             for (int k = 0; k < DEPTH; ++k) slots[k].load(at + 32 * k * step);
-        } else if (slots_left > 0) {  // the row's last slot stands in for absent ones, so that no load waits
+            return use();
+        }
+        if (slots_left > 0) {  // the row's last slot stands in for absent ones, so that no load waits
             const int left = int(slots_left) - lane;
             present = (left + 31) >> 5;
 #pragma unroll
@@ -170,6 +182,7 @@ struct Tile {
 #pragma unroll
             for (int k = 0; k < DEPTH; ++k) slots[k] = {};
         }
+        use();
     }
     // Calls use(value) for the values that fill no slot: of the row's start in its first tile, of its end in its last.
     template <typename Use>
@@ -272,25 +285,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_entropy(const
     extern __shared__ uint4 memory[];
     const T_X* pool = pool_of_block(p);
     Tile tile(p);
-    wait_for_earlier_kernels();
-    if (tile.valid(p)) tile.load(p, pool);  // and while that is under way:
     Histogram histogram(reinterpret_cast<uint32*>(memory), p.num_bins);
     histogram.clear();
+    __syncthreads();
+    wait_for_earlier_kernels();
     __shared__ uint32 order;  // not in a register: there is none to spare
-    if (threadIdx.x == 0) order = begin(p.sink, blockIdx.y);
 
 #if RANGE == 0
-    __syncthreads();
     Seen seen;
-    while (tile.valid(p)) {
-        count<QUICK ? ONE_PRODUCT : EXACT>(p, pool, tile, p.bins, histogram);
-        seen.take(p, pool, tile);
-        tile.next(p);
-        if (tile.valid(p)) tile.load(p, pool);
-    }
+    for (; tile.valid(p); tile.next(p))
+        tile.load(p, pool, [&] {
+            count<QUICK ? ONE_PRODUCT : EXACT>(p, pool, tile, p.bins, histogram);
+            seen.take(p, pool, tile);
+        });
+    if (threadIdx.x == 0) order = begin(p.sink, blockIdx.y);  // its warp waits for the answer, the others count
     finish(
         p.sink, histogram, isnan(seen.slots.greatest()) || isnan(seen.singles.hi), blockIdx.y, gridDim.x, order);
 #else
+    if (tile.valid(p)) tile.load(p, pool);
+    if (threadIdx.x == 0) order = begin(p.sink, blockIdx.y);
 #if RANGE == 2
     Seen seen;
     int tiles = 0;

@@ -229,24 +229,24 @@ __device__ __forceinline__ void write_outcome(const Sink& sink, int64 pool, floa
     if (sink.chunk) write_chunk(sink, entropy);
 }
 
-// Over the first `threads` threads of a block, whole warps; the same bits in all of them.
-template <typename T>
-__device__ T block_sum(T value, T (&of_warp)[32], int threads) {
-    const int lane = threadIdx.x & 31;
-    for (int offset = 16; offset; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
-    if (lane == 0) of_warp[threadIdx.x / 32] = value;
-    asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
-    value = lane < threads / 32 ? of_warp[lane] : T(0);
-    for (int offset = 16; offset; offset /= 2) value += __shfl_xor_sync(~0u, value, offset);
-    asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");  // of_warp may be written again
-    return value;
-}
-
 // How many of the pool's blocks have begun before this one. Thread 0 calls it once, and needs not wait for the result.
 __device__ __forceinline__ uint32 begin(const Sink& sink, int64 pool) { return atomicAdd(sink.begun + pool, 1u); }
 
 // A block that saw a NaN adds this to its count of bin 0.
 constexpr uint64 NAN_SEEN = 1ull << 48;
+
+// The sum over a warp of counts, below 2^48, with NAN_SEEN if any lane has it.
+__device__ __forceinline__ uint64 sum_of_counts(uint64 count) {
+    constexpr uint32 HALF = (1u << 24) - 1;
+    const uint64 low = __reduce_add_sync(~0u, uint32(count) & HALF);
+    const uint64 high = __reduce_add_sync(~0u, uint32(count >> 24) & HALF);
+    return (high << 24) + low + (__any_sync(~0u, count >= NAN_SEEN) ? NAN_SEEN : 0);
+}
+
+// Of the first `threads` threads of a block, whole warps.
+__device__ __forceinline__ void synchronize_first(int threads) {
+    asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
+}
 
 // Adds the block's counts to the pool's, and in one of its `blocks` blocks computes what they mean and zeroes them for
 // the next launch. All threads call it, after their last `add`; `order`, from `begin`, is thread 0's; blockDim.x is a
@@ -261,12 +261,10 @@ __device__ bool finish(
     const Sink& sink, const SharedHistogram<REPLICAS>& histogram, bool saw_nan, int64 pool, uint32 blocks,
     uint32 order) {
     constexpr int COPIES = REPLICAS < 4 ? 1 : REPLICAS / 4;  // so that there are up to 2048 counts
-    __shared__ union {
-        uint64 counts[32];
-        double nats[32];
-    } of_warp;
+    __shared__ uint64 counts_of_warp[2][32];
+    __shared__ double nats_of_warp[32];
     __shared__ bool last;
-    const int num_bins = histogram.num_bins, lane = threadIdx.x & 31;
+    const int num_bins = histogram.num_bins, lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     uint64* counts = sink.counts + pool * (COPIES * num_bins);
     if (threadIdx.x == 0) last = order == blocks - 1;
 
@@ -288,11 +286,17 @@ __device__ bool finish(
         for (int c = 0; c < COPIES; ++c) count += load_relaxed(counts + c * num_bins + bin);
         return count;
     };
+    const int warps = active / 32;
     uint64 count, found;
+    int turn = 0;  // while some warps read [turn], others write [1 - turn]
     do {
         count = found = 0;
         for (int bin = threadIdx.x; bin < num_bins; bin += active) found += count = count_of(bin);
-        found = block_sum(found, of_warp.counts, active);
+        found = sum_of_counts(found);
+        if (lane == 0) counts_of_warp[turn][warp] = found;
+        synchronize_first(active);
+        found = sum_of_counts(lane < warps ? counts_of_warp[turn][lane] : 0);
+        turn ^= 1;
     } while (found % NAN_SEEN != sink.size);
 
     double nats = 0.0;
@@ -301,10 +305,13 @@ __device__ bool finish(
         nats += entropy_term(count, sink.inverse_size);
         for (int c = 0; c < COPIES; ++c) counts[c * num_bins + bin] = 0;
     }
-    nats = block_sum(nats, of_warp.nats, active);
     if (threadIdx.x == 0) sink.begun[pool] = 0;
-    if (threadIdx.x < 32)
-        write_outcome(
-            sink, pool, found >= NAN_SEEN ? __int_as_float(0x7fffffff) : in_unit(nats, sink.inverse_unit));
+    for (int offset = 16; offset; offset /= 2) nats += __shfl_xor_sync(~0u, nats, offset);
+    if (lane == 0) nats_of_warp[warp] = nats;
+    synchronize_first(active);
+    if (warp > 0) return true;
+    nats = lane < warps ? nats_of_warp[lane] : 0.0;
+    for (int offset = warps > 8 ? 16 : 4; offset; offset /= 2) nats += __shfl_xor_sync(~0u, nats, offset);
+    write_outcome(sink, pool, found >= NAN_SEEN ? __int_as_float(0x7fffffff) : in_unit(nats, sink.inverse_unit));
     return true;
 }
