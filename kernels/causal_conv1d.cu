@@ -201,31 +201,45 @@ __device__ __forceinline__ void advance(T*& p, int64 elements) {
     asm volatile("" : "+l"(p));
 }
 
-// The outputs of VECTOR channels from `channel` on, for `tokens` tokens from `begin` on, of batch row b. The first
+// The outputs of VECTOR channels from `channel` on, for `tokens` tokens from `begin` on, of batch row b; at the end
+// of a row also the state after it, whose inputs are in registers by then. The first
 // `uncounted` of them are not counted, as another thread has them too or as they are not among the sampled.
 __device__ __forceinline__ void walk(
     const Params& p, int64 b, int64 channel, int64 begin, int tokens, int uncounted, Statistic& statistic) {
-    float w[VECTOR * WIDTH], bias[VECTOR] = {};
-    load_parameters<VECTOR * WIDTH>(w, p.weight + channel * WIDTH);
-    if (p.bias) load_parameters<VECTOR>(bias, p.bias + channel);
-
     const T_X* x = p.x + b * p.x_stride.batch + channel * p.x_stride.dim + begin * p.x_stride.token;
     T_X* y = p.y + (b * p.length + begin) * p.dim + channel;
-    float in[WIDTH * VECTOR] = {};  // under the taps, oldest first
+    T_X* last = begin + tokens == p.length ? p.last + (b * p.dim + channel) * PAST : nullptr;
+    // All that is read first is on its way before any of it is waited for.
+    Piece<T_X, VECTOR> ring[STEP], before[PAST] = {};
+    auto load = [&](Piece<T_X, VECTOR>& piece) {
+        piece.load(x);
+        advance(x, p.x_stride.token);
+    };
+    const bool whole = tokens % STEP == 0;  // else a row shorter than any walk
+    const T_X* first = x;
+    if (whole) {
+#pragma unroll
+        for (int s = 0; s < STEP; ++s) load(ring[s]);
+    }
 #pragma unroll
     for (int j = 0; j < PAST; ++j) {
         if (begin + j >= PAST) {
-            Piece<T_X, VECTOR> piece;
-            piece.load(x + (j - PAST) * p.x_stride.token);
-            piece.unpack(in + j * VECTOR);
+            before[j].load(first + (j - PAST) * p.x_stride.token);
         } else if (p.initial) {
             const T_X* initial = p.initial + b * p.initial_stride.batch + channel * p.initial_stride.dim;
 #pragma unroll
             for (int i = 0; i < VECTOR; ++i) {
-                in[j * VECTOR + i] = to_float(initial[i * p.initial_stride.dim + (begin + j) * p.initial_stride.token]);
+                reinterpret_cast<T_X*>(&before[j].raw)[i] =
+                    initial[i * p.initial_stride.dim + (begin + j) * p.initial_stride.token];
             }
         }
     }
+    float w[VECTOR * WIDTH], bias[VECTOR] = {};
+    load_parameters<VECTOR * WIDTH>(w, p.weight + channel * WIDTH);
+    if (p.bias) load_parameters<VECTOR>(bias, p.bias + channel);
+    float in[WIDTH * VECTOR];  // under the taps, oldest first
+#pragma unroll
+    for (int j = 0; j < PAST; ++j) before[j].unpack(in + j * VECTOR);
 
     auto output = [&](const Piece<T_X, VECTOR>& now) {
         now.unpack(in + PAST * VECTOR);
@@ -246,37 +260,35 @@ __device__ __forceinline__ void walk(
         for (int i = 0; i < PAST * VECTOR; ++i) in[i] = in[i + VECTOR];
     };
 
-    auto load = [&](Piece<T_X, VECTOR>& piece) {
-        piece.load(x);
-        advance(x, p.x_stride.token);
-    };
-    if (tokens % STEP) {  // a row shorter than any walk
+    if (!whole) {
 #pragma unroll 1
         for (int i = 0; i < tokens; ++i) {
             Piece<T_X, VECTOR> now;
             load(now);
             output(now);
         }
-        return;
-    }
-    Piece<T_X, VECTOR> ring[STEP];
-#pragma unroll
-    for (int s = 0; s < STEP; ++s) load(ring[s]);
+    } else {
 #pragma unroll 1
-    for (int left = tokens; left > 0; left -= STEP) {
+        for (int left = tokens; left > 0; left -= STEP) {
 #pragma unroll
-        for (int s = 0; s < STEP; ++s) {
-            output(ring[s]);
-            if (left > STEP) load(ring[s]);
+            for (int s = 0; s < STEP; ++s) {
+                output(ring[s]);
+                if (left > STEP) load(ring[s]);
+            }
         }
+    }
+
+    if (!last) return;
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) {
+#pragma unroll
+        for (int j = 0; j < PAST; ++j) last[i * PAST + j] = from_float<T_X>(in[j * VECTOR + i]);
     }
 }
 
 extern "C" __global__ void __launch_bounds__(WALKERS, MIN_BLOCKS)
 causal_conv1d_token_major(const __grid_constant__ Params p) {
     Statistic statistic(p);
-    wait_for_earlier_kernels();
-    statistic.begin(p);
     int lane = threadIdx.x & ((1 << p.lanes_log2) - 1), walker = threadIdx.x >> p.lanes_log2;
     uint32 columns = uint32((p.dim + (VECTOR << p.lanes_log2) - 1) / (VECTOR << p.lanes_log2));
 #pragma unroll 1
@@ -284,15 +296,15 @@ causal_conv1d_token_major(const __grid_constant__ Params p) {
         int64 channel = (int64(block % columns) << p.lanes_log2 | lane) * VECTOR;
         int64 segment = int64(block / columns) * (WALKERS >> p.lanes_log2) + walker;  // counted through the batch
         int64 b = segment / p.segments;
+        if (block == blockIdx.x) {  // the first: the table is clear and the divisions are done by then
+            wait_for_earlier_kernels();
+            statistic.begin(p);
+        }
         if (b >= p.batch || channel >= p.dim) continue;
         // A row's last segment starts earlier where it would end too late, so every walk is whole and needs one loop.
         int64 wanted = (segment - b * p.segments) * p.walk;
         int tokens = int(min(p.length, int64(p.walk)));
         int64 begin = min(wanted, p.length - tokens);
-        if (begin + tokens == p.length) {  // before the walk, which needs the registers
-#pragma unroll 1
-            for (int i = 0; i < VECTOR; ++i) store_last(p, Row(p, b, channel + i), b * p.dim + channel + i);
-        }
         int64 counted = SAMPLED ? (wanted + p.stride - 1) / p.stride * p.stride : wanted;
         walk(p, b, channel, begin, tokens, int(counted - begin), statistic);
         if (!HISTOGRAM) break;
