@@ -86,29 +86,47 @@ TUNED += [variant("histogram_pools", dtype, 256, False) for dtype in CPP_TYPES]
 def fixed_bins(lo: float, hi: float, num_bins: int, dtype: torch.dtype | None) -> tuple[bytes, bool]:
     """`Bins` over [lo, hi], and whether they are for ONE_PRODUCT: it puts every value of `dtype` where EXACT does.
 
-    The 16-bit types have 2^16 values, so all are tried; in fp32 a width that is a power of two is divided by exactly.
+    The 16-bit types have 2^16 values, so all are tried; in fp32 a span that is a power of two is divided by exactly.
     """
     with np.errstate(all="ignore"):
         low, span, count = np.float32(lo), np.float32(hi - lo), np.float32(num_bins)
+        if dtype == torch.float32:
+            candidates = [np.float32(1) / span] if np.frexp(span)[0] == 0.5 else []
+        else:
+            candidates = [] if dtype is None else _neighbours(np.float32(1) / span)
+        for scale in candidates:
+            for shift in _neighbours(-low * scale)[: 1 if dtype == torch.float32 else 3]:
+                if np.isfinite(shift) and (dtype == torch.float32 or _same_bins(dtype, low, span, scale, shift, count)):
+                    return BINS.pack(scale, shift, 1.0, 1.0, 0.0, count), True
         scale = np.ldexp(np.float32(1), -max(int(np.frexp(span)[1]), -125))
         if not np.isfinite(scale * low):
             scale = np.float32(1)
         width = span * scale
         inverse = np.minimum(np.float32(1) / width, np.finfo(np.float32).max)
         inverse_low = np.float32(1.0 - np.float64(width) * np.float64(inverse)) * inverse
-        quick = None
-        if dtype == torch.float32:
-            quick = inverse if np.frexp(width)[0] == 0.5 else None
-        elif dtype is not None:
-            above = _all_values(dtype) - low
-            exact = np.floor((above / span * count).clip(0, count))
-            scaled = (above * scale).clip(0, 1)
-            for candidate in inverse, np.nextafter(inverse, np.inf), np.nextafter(inverse, -np.inf):
-                if np.array_equal(exact, np.floor((scaled * candidate).clip(0, 1) * count)):
-                    quick = candidate
-                    break
-        numbers = scale, -scale * low, width, inverse if quick is None else quick, inverse_low, count
-    return BINS.pack(*map(float, numbers)), quick is not None
+    return BINS.pack(*map(float, (scale, -scale * low, width, inverse, inverse_low, count))), False
+
+
+def _neighbours(x: np.float32) -> list[np.float32]:
+    return [x, np.nextafter(x, np.float32(np.inf)), np.nextafter(x, -np.float32(np.inf))]
+
+
+def _same_bins(dtype, low, span, scale, shift, count) -> bool:
+    """Whether ONE_PRODUCT with these puts every value of a 16-bit type where EXACT does."""
+    values = _all_values(dtype)
+    exact = np.floor(((values - low) / span * count).clip(0, count))
+    return np.array_equal(exact, np.floor(fma(values, scale, shift).clip(0, 1) * count))
+
+
+def fma(x: np.ndarray, y: np.float32, z: np.float32) -> np.ndarray:
+    """x * y + z in fp32, rounded once: the product is exact in float64, and the sum there is rounded to odd."""
+    product = x.astype(np.float64) * np.float64(y)
+    total = product + z
+    added = total - product
+    lost = (product - (total - added)) + (z - added)
+    even = total.view(np.int64) & 1 == 0
+    inexact = np.isfinite(total) & (lost != 0)
+    return np.where(inexact & even, np.nextafter(total, lost * np.inf), total).astype(np.float32)
 
 
 @cache

@@ -240,15 +240,15 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
 def _chunk(blocks, tiles, processors, chunk_size):
     """Tiles a chunk. A split sequence has every exp computed twice, so one pass wins once it keeps the GPU busy.
 
-    One pass takes as long as its slowest multiprocessor, so a little more than one block for each pays for two. Where
-    a sequence is split, more than four tiles a chunk save nothing, and 16 blocks a multiprocessor keep it even.
+    One pass takes as long as its slowest multiprocessor, so a little more than one block for each pays for two. A
+    sequence that is split goes a tile a chunk, which keeps the GPU even; beyond 64 blocks a multiprocessor, up to four.
     """
     busy = blocks / processors
     if isinstance(chunk_size, int):
         return min(chunk_size // TILE, tiles)
-    if isinstance(chunk_size, torch.Tensor) or 0.93 <= busy <= 1 or busy >= 1.3:
+    if isinstance(chunk_size, torch.Tensor) or 0.95 <= busy <= 1 or busy >= 1.35:
         return tiles
-    return min(max(1, blocks * tiles // (16 * processors)), 4, tiles)
+    return min(max(1, blocks * tiles // (64 * processors)), 4, tiles)
 
 
 def _divisor(by):

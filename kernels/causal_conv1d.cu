@@ -90,8 +90,14 @@ struct Piece {
         }
     }
     __device__ __forceinline__ void store(T* p) const {
-        __builtin_assume(__isGlobal(p));
-        *reinterpret_cast<Raw*>(p) = raw;
+        if constexpr (sizeof(Raw) == 16) {  // spelled out, or the compiler stores word by word
+            asm volatile(
+                "st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(raw.x), "r"(raw.y), "r"(raw.z), "r"(raw.w)
+                : "memory");
+        } else {
+            __builtin_assume(__isGlobal(p));
+            *reinterpret_cast<Raw*>(p) = raw;
+        }
     }
 };
 
@@ -152,7 +158,7 @@ struct Statistic {
 // Parameters of VECTOR consecutive channels, COUNT / VECTOR each.
 template <int COUNT>
 __device__ __forceinline__ void load_parameters(float* out, const T_W* p) {
-    constexpr int PART = VECTOR * sizeof(T_W) > 16 ? 16 / sizeof(T_W) : VECTOR;
+    constexpr int ALIGNED = COUNT & -COUNT, PART = ALIGNED * sizeof(T_W) > 16 ? 16 / sizeof(T_W) : ALIGNED;
 #pragma unroll
     for (int i = 0; i < COUNT; i += PART) {
         Piece<T_W, PART> piece;
@@ -318,12 +324,11 @@ causal_conv1d_token_major(const __grid_constant__ Params p) {
 constexpr int FULL = 16 / sizeof(T_X);  // elements of a vector
 constexpr int BEFORE = 4;               // elements loaded in front of it: PAST rounded up to what one load takes
 
-// out: the outputs from token t on
-__device__ __forceinline__ void store(const Params& p, T_X* y, int64 t, float* out, Statistic& statistic) {
+// out: the outputs from token t on, `whole` if all of them are within the row
+__device__ __forceinline__ void store(const Params& p, T_X* y, int64 t, bool whole, float* out, Statistic& statistic) {
     Piece<T_X, FULL> rounded;
     rounded.pack(out);
     if (HISTOGRAM) rounded.unpack(out);
-    bool whole = t >= 0 && t + FULL <= p.length;
     if (whole) rounded.store(y + t);
     if (whole && !SAMPLED) statistic.take(rounded, 1);
     if (whole && !SAMPLED) return;
@@ -340,7 +345,8 @@ __device__ __forceinline__ void store(const Params& p, T_X* y, int64 t, float* o
 
 constexpr int VECTORS = 4;  // a thread
 
-// This thread's vectors of a segment of one channel's tokens.
+// This thread's vectors of a segment of one channel's tokens. Most instructions beside the arithmetic are about where
+// they lie, so positions are counted in 32 bits from the first vector.
 __device__ __forceinline__ void convolve_segment(
     const Params& p, int64 channel, int64 segment, Statistic& statistic) {
     int64 b = channel / p.dim, d = channel - b * p.dim;
@@ -350,67 +356,74 @@ __device__ __forceinline__ void convolve_segment(
     int outside = int(reinterpret_cast<uint64>(y) / sizeof(T_X) % FULL);  // elements of the first vector before y
     bool aligned = p.x_stride.token == 1 && (reinterpret_cast<uint64>(row.x) - reinterpret_cast<uint64>(y)) % 16 == 0;
     int64 first = (segment * VECTORS * lanes + (threadIdx.x & (lanes - 1))) * FULL - outside;
-    int64 hop = int64(lanes) * FULL;
+    int hop = lanes * FULL;
+    int past = int(min(first, int64(BEFORE))), left = int(min(p.length - first, int64(VECTORS * THREADS * FULL)));
     // Whole vectors of x with BEFORE elements before them, or at the very start of a row.
-    auto whole = [&](int64 t) { return aligned && (t >= BEFORE || t == 0) && t + FULL <= p.length; };
+    auto whole = [&](int v) {
+        int t = past + v * hop;
+        return aligned && (t >= BEFORE || t == 0) && v * hop + FULL <= left;
+    };
 
+    if (!HISTOGRAM) wait_for_earlier_kernels();  // with one segment a block, all of the above is done meanwhile
+    const T_X* x = row.x + first;
     Piece<T_X, FULL> now[VECTORS];
     Piece<T_X, BEFORE> before[VECTORS] = {};
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
-        int64 t = first + v * hop;
-        if (whole(t)) {
-            now[v].load(row.x + t);
-            if (t > 0) before[v].load(row.x + t - BEFORE);
+        if (whole(v)) {
+            now[v].load(x + v * hop);
+            if (past + v * hop > 0) before[v].load(x + v * hop - BEFORE);
         }
     }
 
     float w[WIDTH];
-#pragma unroll
-    for (int k = 0; k < WIDTH; ++k) w[k] = to_float(p.weight[d * WIDTH + k]);
+    load_parameters<WIDTH>(w, p.weight + d * WIDTH);
     float bias = p.bias ? to_float(p.bias[d]) : 0.0f;
 
     float in[BEFORE + FULL], out[FULL];
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) {
-        int64 t = first + v * hop;
-        if (!whole(t)) continue;
+        if (!whole(v)) continue;
         before[v].unpack(in);
         now[v].unpack(in + BEFORE);
-        if (v == 0 && t == 0 && row.initial) {
+        if (v == 0 && past == 0 && row.initial) {
 #pragma unroll
             for (int j = 0; j < PAST; ++j) in[BEFORE - PAST + j] = to_float(row.at(j - PAST));
         }
 #pragma unroll
         for (int e = 0; e < FULL; ++e) out[e] = convolve(w, bias, in + BEFORE - PAST + e, 1);
-        store(p, y, t, out, statistic);
+        store(p, y, first + v * hop, true, out, statistic);
     }
 
-    // What is left: the ragged ends of a row, and all of it where x is strided or aligned otherwise than y.
+    bool remains = left <= (VECTORS - 1) * hop + FULL;  // the end of the row
+#pragma unroll
+    for (int v = 0; v < VECTORS; ++v) remains |= !whole(v);
+    if (!remains) return;
+    // The ragged ends of a row, and all of it where x is strided or aligned otherwise than y.
 #pragma unroll 1
     for (int v = 0; v < VECTORS; ++v) {
         int64 t = first + v * hop;
         if (t >= p.length) break;
-        if (!whole(t)) {
+        if (!whole(v)) {
 #pragma unroll
             for (int e = 0; e < BEFORE + FULL; ++e) in[e] = to_float(row.at(t - BEFORE + e));
 #pragma unroll
             for (int e = 0; e < FULL; ++e) out[e] = convolve(w, bias, in + BEFORE - PAST + e, 1);
-            store(p, y, t, out, statistic);
+            store(p, y, t, t >= 0 && t + FULL <= p.length, out, statistic);
         }
         if (t + FULL >= p.length) store_last(p, row, channel);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 3)
+extern "C" __global__ void __launch_bounds__(THREADS, HISTOGRAM || __CUDA_ARCH__ >= 1000 ? 3 : 4)
 causal_conv1d_channel_major(const __grid_constant__ Params p) {
     Statistic statistic(p);
-    wait_for_earlier_kernels();
+    if (HISTOGRAM) wait_for_earlier_kernels();
     statistic.begin(p);
 #pragma unroll 1
     for (uint32 block = blockIdx.x; block < p.blocks; block += gridDim.x) {
         int64 segment = int64(block) * (THREADS >> p.lanes_log2) + (threadIdx.x >> p.lanes_log2);
-        int64 channel = segment / p.segments;  // counted through the batch, as segments are
+        int64 channel = p.segments == 1 ? segment : segment / p.segments;  // counted through the batch, as segments are
         if (channel < p.batch * p.dim) convolve_segment(p, channel, segment - channel * p.segments, statistic);
         if (!HISTOGRAM) break;
     }

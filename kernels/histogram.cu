@@ -265,7 +265,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_extremes(cons
 
 #ifdef ENTROPY
 constexpr bool BINARY = POWER_OF_TWO;
+constexpr Quotient QUICKLY = BINARY && sizeof(T_X) == 2 ? ONE_PRODUCT : TWO_PRODUCTS;  // in bins found here
 using Histogram = SharedHistogram<COLUMNS>;
+
+__device__ __forceinline__ Bins quick_of(const Bins& bins) {
+    return QUICKLY == ONE_PRODUCT ? bins.with_one_product() : bins;
+}
 
 template <Quotient HOW>
 __device__ __forceinline__ void count(
@@ -332,11 +337,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_entropy(const
         if (threadIdx.x == 0) shared_bins = own;
     }
     __syncthreads();
-    const Bins bins = shared_bins.bins;
-    const bool quick = __syncthreads_and(bins.two_products_do<BINARY>());
+    const Bins bins = shared_bins.bins, quick_bins = quick_of(bins);
+    const bool quick = __syncthreads_and(bins.agrees<BINARY, QUICKLY, T_X>(quick_bins));
 
     auto count_tile = [&] {
-        if (quick) count<TWO_PRODUCTS>(p, pool, tile, bins, histogram);
+        if (quick) count<QUICKLY>(p, pool, tile, quick_bins, histogram);
         else count<EXACT>(p, pool, tile, bins, histogram);
     };
 #if RANGE == 2

@@ -19,7 +19,7 @@ __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000);
 // ---- bins -----------------------------------------------------------------------------------------------------------
 
 // How (v - lo) / span is found. What is not EXACT takes fewer instructions, and is for where it was shown to put every
-// value into the same bin: ONE_PRODUCT by the host (corey/_entropy_cuda.py), TWO_PRODUCTS by `two_products_do`.
+// value into the same bin: TWO_PRODUCTS and ONE_PRODUCT by `agrees`, or the latter by the host (corey/_entropy_cuda.py).
 enum Quotient { EXACT, TWO_PRODUCTS, ONE_PRODUCT };
 
 // Bins over [lo, lo + span]. `locate` gives BIN_ZERO + floor(((v - lo) / span) * num_bins), clamped to 0 and num_bins,
@@ -63,35 +63,49 @@ struct Bins {
     }
     template <bool BINARY, Quotient HOW>
     __device__ __forceinline__ uint32 bin_at(float d) const {
-        float q;
-        if (HOW == ONE_PRODUCT) {
-            q = __saturatef(__fmul_rn(d, inverse));
-        } else {
-            q = __saturatef(__fmaf_rn(d, inverse, __fmul_rn(d, inverse_low)));
-            if (HOW == EXACT) q = __saturatef(__fmaf_rn(__fmaf_rn(-q, width, d), inverse, q));
-        }
+        float q = d;
+        if (HOW != ONE_PRODUCT) q = __saturatef(__fmaf_rn(d, inverse, __fmul_rn(d, inverse_low)));
+        if (HOW == EXACT) q = __saturatef(__fmaf_rn(__fmaf_rn(-q, width, d), inverse, q));
         if (BINARY) return __float_as_uint(__fmaf_rd(q, count, __uint_as_float(BIN_ZERO)));
         return __float_as_uint(__fadd_rd(__fmul_rn(q, count), __uint_as_float(BIN_ZERO)));
     }
 
-    // Whether TWO_PRODUCTS agrees with EXACT around this thread's share of the edges between bins: then, as both grow
-    // with d, they agree everywhere. That they should is not proven, but no range has been met where they do not.
-    template <bool BINARY>
-    __device__ bool two_products_do() const {
+    // For ONE_PRODUCT, which has no other use for `count`. Rounded up, as what lies on an edge is above it.
+    __device__ Bins with_one_product() const {
+        Bins bins = *this;
+        bins.count = __fmul_ru(__uint_as_float(__float_as_uint(inverse) + (inverse_low > 0.0f)), count);
+        return bins;
+    }
+
+    // Whether `other`, with HOW, agrees with EXACT for values of T around this thread's share of the edges between bins:
+    // then, as both grow with d, they agree everywhere. TWO_PRODUCTS always has so far, ONE_PRODUCT nearly always where T
+    // has 16 bits: it misplaces a few d, but there are few values, and they have other d.
+    template <bool BINARY, Quotient HOW, typename T>
+    __device__ bool agrees(const Bins& other) const {
         bool agree = true;
         for (int bin = threadIdx.x + 1; bin < int(count); bin += blockDim.x) {
             const int edge = __float_as_int(__fmul_rn(width, float(bin) / count));
             constexpr int BEFORE = 3, AFTER = 2;
+            uint32 differ = 0;
 #pragma unroll
             for (int step = -BEFORE; step <= AFTER; ++step) {
                 const float d = __int_as_float(edge + step);
                 const bool exact = bin_at<BINARY, EXACT>(d) >= BIN_ZERO + bin;
-                agree &= exact == (bin_at<BINARY, TWO_PRODUCTS>(d) >= BIN_ZERO + bin);
-                if (step == -BEFORE) agree &= !exact;
-                if (step == AFTER) agree &= exact;
+                const bool found = other.bin_at<BINARY, HOW>(d) >= BIN_ZERO + bin;
+                differ |= uint32(exact != found) << (step + BEFORE);
+                if (step == -BEFORE) agree &= !exact && !found;
+                if (step == AFTER) agree &= exact && found;
             }
+            for (; differ; differ &= differ - 1) agree &= !reached<T>(__int_as_float(edge + __ffs(differ) - 1 - BEFORE));
         }
         return agree;
+    }
+    // Whether a value of T has this d. If one has, it is the nearest to where d lies: far closer than the next to it, or
+    // so small beside `shift` that the subtraction here is exact.
+    template <typename T>
+    __device__ bool reached(float d) const {
+        const float v = to_float(from_float<T>(__fmul_rn(d - shift, __frcp_rn(scale))));
+        return __saturatef(__fmaf_rn(v, scale, shift)) == d || !(fabsf(v) < infinity());
     }
 };
 

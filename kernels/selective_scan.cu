@@ -471,10 +471,11 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
   if (!w.any) return;
   if (!FIND_Y) let_next_kernel_begin();
   Elementwise<FIND_Y> elementwise(p, w, memory);
+  constexpr bool ONE_PASS = FIND_S && FIND_Y;
   const bool full = w.channels == CHANNELS;
   const auto fetch = [&](Inputs& to, int t0) {
     if (full && t0 + T <= w.end) elementwise.template fetch<true>(to, t0);
-    else if ((FIND_S && FIND_Y) || t0 < w.end) elementwise.template fetch<false>(to, t0);  // for one pass the compiler does better so
+    else if (t0 < w.end || ONE_PASS) elementwise.template fetch<false>(to, t0);  // loads nothing there, but compiles better
   };
   Inputs now;
   fetch(now, w.first);
