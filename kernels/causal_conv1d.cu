@@ -21,7 +21,8 @@ constexpr int THREADS = 256, UPDATE_THREADS = 128;
 constexpr bool COUNTS_ALL = HISTOGRAM && !SAMPLED;
 constexpr int WALKERS = COUNTS_ALL ? 512 : 256;  // threads of the token-major kernel: few blocks where each has a large table
 constexpr int STEP = VECTOR * sizeof(T_X) > 8 ? 4 : 8;  // tokens that a thread of the token-major kernel has in flight
-constexpr int MIN_BLOCKS = COUNTS_ALL ? 1 : VECTOR == 8 || (SAMPLED && sizeof(T_X) == 4) ? 2 : 3;  // a multiprocessor, of the token-major kernel
+// A multiprocessor's blocks of the token-major kernel: as many as registers allow without spills.
+constexpr int MIN_BLOCKS = COUNTS_ALL ? 1 : VECTOR == 8 || (SAMPLED && (sizeof(T_X) == 4 || __CUDA_ARCH__ < 900)) ? 2 : 3;
 
 struct Strides {  // in elements
     int64 batch, dim, token;
