@@ -3,8 +3,9 @@
 import pytest
 import torch
 from scan_emulation import emulated  # noqa: F401
-from scan_inputs import OPTIONS, in_float64, make_inputs, relative_error
+from scan_inputs import OPTIONS, in_float64, lay_out, make_inputs, relative_error
 
+from corey._scan_cuda import _divisor
 from corey.scan import selective_scan_ref
 
 f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
@@ -54,6 +55,41 @@ def test_many_tiles_are_linked(change, right, emulated):  # noqa: F811
     y, last = emulated(inputs, 128 * 71, change)
     y_chunked, last_chunked = emulated(inputs, 128, change)
     assert (torch.equal(y_chunked, y) and torch.equal(last_chunked, last)) == right
+
+
+def test_divisors_divide_all_that_a_grid_counts():
+    numbers = [0, 1, 2, 3, 62, 63, 64, 65, 2**16 - 1, 2**16, 10**9, 2**30, 2**31 - 2, 2**31 - 1]
+    for by in numbers[1:]:
+        same, magic, shift = _divisor(by)
+        assert same == by and 0 < magic < 2**32 and shift < 32
+        for n in {*numbers, *(by * k + j for k in (1, 2, 7) for j in (-1, 0, 1))}:
+            if n < 2**31:
+                assert ((n * magic >> 32) + n) % 2**32 >> shift == n // by
+
+
+BREAKS = {
+    "the end of a chunk is not fetched": ("else if (t0 < w.end || ONE_PASS)", "else if (t0 + T < w.end || ONE_PASS)"),
+    "whole pieces are taken for such to the end": ("full && t0 + T <= w.end;", "full && t0 < w.end;"),
+    "B and C are read as if contiguous": ("from[e * st.token]", "from[e]"),
+    "one group's channels": ("w.g = digit(p.groups);", "w.g = digit(p.groups) * 0;"),
+}
+
+
+@pytest.mark.parametrize("old, new", BREAKS.values(), ids=BREAKS)
+def test_breaks_of_whole_and_partial_pieces_are_noticed(old, new, emulated):  # noqa: F811
+    def change(source):
+        assert source.count(old) == 1
+        return source.replace(old, new)
+
+    inputs = make_inputs(batch=1, dim=80, length=300, layout="sliced", B_kind="grouped", C_kind="grouped")
+    inputs["B"] = lay_out(inputs["B"].flatten(0, 1), "sliced").unflatten(0, inputs["B"].shape[:2])
+    y_64, last_64 = selective_scan_ref(**in_float64(inputs), return_last_state=True)
+
+    def right(y, last):  # NaN, where nothing was written, is not
+        return relative_error(y, y_64) < 1e-6 and relative_error(last, last_64) < 1e-6
+
+    assert right(*emulated(inputs, None))
+    assert not right(*emulated(inputs, 128, change))
 
 
 def test_layouts_give_the_same_bits(emulated):  # noqa: F811
