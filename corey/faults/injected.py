@@ -174,7 +174,7 @@ def runner_ended(times: int, signum: signal.Signals) -> list[dict]:
 def worker_killed(times: int) -> list[dict]:
     """Workers are killed while their runs are under way: Dask starts them anew, and the runs are done."""
     with project() as tiny:
-        tiny.set_grid(["none"], times, work_s=4)
+        tiny.set_grid(["none"], times, work_s=8)
         runner = tiny.start()
         for repeat in range(times):
             wait_for(lambda repeat=repeat: tiny.begun(repeat))
