@@ -173,13 +173,20 @@ def runner_ended(times: int, signum: signal.Signals) -> list[dict]:
 
 def worker_killed(times: int) -> list[dict]:
     """Workers are killed while their runs are under way: Dask starts them anew, and the runs are done."""
+    killed = []  # kernels whose worker was
     with project() as tiny:
+
+        def under_way():
+            begun = [event for event in tiny.events() if event["event"] == "begin"]
+            return [each for each in begun if each["pid"] not in killed and psutil.pid_exists(each["pid"])]
+
         tiny.set_grid(["none"], times, work_s=8)
         runner = tiny.start()
-        for repeat in range(times):
-            wait_for(lambda repeat=repeat: tiny.begun(repeat))
-            begun = next(event for event in tiny.events() if event["event"] == "begin" and event["repeat"] == repeat)
-            kill(_worker_of(begun["pid"]))
+        for _ in range(times):
+            wait_for(under_way)
+            kernel = under_way()[0]["pid"]
+            killed.append(kernel)
+            kill(_worker_of(kernel))
         code = runner.wait(600)
         good = tiny.states("none").count("done") if code == 0 else 0
         return [_row("worker killed", "kill -9", times, good, "done, on another worker", "runs of the other device")]
