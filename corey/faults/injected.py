@@ -173,20 +173,20 @@ def runner_ended(times: int, signum: signal.Signals) -> list[dict]:
 
 def worker_killed(times: int) -> list[dict]:
     """Workers are killed while their runs are under way: Dask starts them anew, and the runs are done."""
-    killed = []  # kernels whose worker was
+    killed = []  # runs whose worker was, each once
     with project() as tiny:
 
         def under_way():
             begun = [event for event in tiny.events() if event["event"] == "begin"]
-            return [each for each in begun if each["pid"] not in killed and psutil.pid_exists(each["pid"])]
+            return [each for each in begun if each["repeat"] not in killed and psutil.pid_exists(each["pid"])]
 
         tiny.set_grid(["none"], times, work_s=8)
         runner = tiny.start()
         for _ in range(times):
             wait_for(under_way)
-            kernel = under_way()[0]["pid"]
-            killed.append(kernel)
-            kill(_worker_of(kernel))
+            run = under_way()[0]
+            killed.append(run["repeat"])
+            kill(_worker_of(run["pid"]))
         code = runner.wait(600)
         good = tiny.states("none").count("done") if code == 0 else 0
         return [_row("worker killed", "kill -9", times, good, "done, on another worker", "runs of the other device")]
@@ -207,7 +207,7 @@ def scheduler_killed(times: int) -> list[dict]:
             start_box(tiny, address, "cpu", scratch=tiny.folder / f"box{attempt}")
             before, told = len(tiny.events()), tiny.output().count("lost with the scheduler")
             runner = tiny.start("--scheduler", address)
-            wait_for(lambda before=before: len(tiny.events()) > before)
+            wait_for(lambda before=before: "begin" in {event["event"] for event in tiny.events()[before:]})
             kill(scheduler)
             good += runner.wait(180) == 1 and tiny.output().count("lost with the scheduler") > told
         whole = tiny.run() == 0 and tiny.states("none") == ["done"] * 2
