@@ -37,6 +37,7 @@ CELL_TIMEOUT_S, RUN_TIMEOUT_S = 3600, 7200
 HEAL_S = 2.0  # between looks at whether all workers are there
 JOIN_TIMEOUT_S = 60  # for a worker to join the scheduler that was named
 DASK = {
+    "distributed.scheduler.allowed-failures": 9,  # deaths that a run survives of workers where it ran, or only waited
     "distributed.scheduler.worker-saturation": 1.0,  # most runs wait with the scheduler, not with one worker
     "distributed.scheduler.http.routes": [],
     "distributed.worker.http.routes": [],
@@ -197,7 +198,7 @@ def _outcome(future) -> Outcome:
         return Outcome("killed", "lost with the scheduler; run the grid again")
     error = future.exception()
     if isinstance(error, KilledWorker):
-        return Outcome("killed", f"its worker died {error.allowed_failures + 1} times")
+        return Outcome("killed", f"its worker died {error.allowed_failures + 1} times, while it ran there or waited")
     return Outcome("failed", f"{type(error).__name__}: {error}")
 
 
