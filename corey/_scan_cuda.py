@@ -1,5 +1,6 @@
 """The selective scan on CUDA: which variant of kernels/selective_scan.cu a call needs, and its launches."""
 
+import math
 import struct
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ from corey._plans import ABSENT, Plans, alignment, empty
 from corey._scan_args import TILE, check_chunk_size, check_tensors
 
 SOURCE = "selective_scan.cu"
-THREADS, EACH = 128, 8  # as in the kernel: threads a block, elements a thread takes at a time
+THREADS, EACH = 128, 8  # as in the kernel: threads of a block that walk, elements a thread takes at a time
+RING, PAIR_BLOCKS = 3, 2  # with two lanes a share: rounds in shared memory, blocks that a multiprocessor must hold
 CARRY_THREADS = 64  # small blocks, which spread over all multiprocessors
 TOKENS_A_THREAD, CHANNELS_A_THREAD, THREADS_ON_TOKENS, THREADS_ON_CHANNELS = range(4)
 VECTORS_OF_TOKENS, VECTORS_OF_STATES, STRIDED, CONSTANT = range(4)
@@ -21,18 +23,21 @@ _POINTERS = struct.Struct("=14Q")
 _NUMBERS = struct.Struct("=27q9I4i4x")
 
 
-def macros(*, dtypes, states, order, vectors=(True,) * 4, projections, z=True, D=True, bias=True, softplus=True):
+def macros(
+    *, dtypes, states, lanes=None, order, vectors=(True,) * 4, projections, z=True, D=True, bias=True, softplus=True
+):
     """The variant's macros. dtypes: of u, delta, z, B, C; vectors: of u, delta, z, y; projections: of B, C."""
+    lanes = lanes or lanes_a_channel(states)
     named = zip(("T_U", "T_DELTA", "T_Z", "T_B", "T_C"), (CPP_TYPES[dtype] for dtype in dtypes))
     wide = zip(("VECTOR_U", "VECTOR_DELTA", "VECTOR_Z", "VECTOR_Y"), (int(vector) for vector in vectors))
     flags = (("HAS_Z", int(z)), ("HAS_D", int(D)), ("HAS_BIAS", int(bias)), ("SOFTPLUS", int(softplus)))
     lie = (("MAP", order), ("LAYOUT_B", projections[0]), ("LAYOUT_C", projections[1]))
-    return (*named, *wide, *flags, ("N", states), *lie)
+    return (*named, *wide, *flags, ("N", states), ("LANES", lanes), *lie)
 
 
 TUNED = [
-    (SOURCE, name, macros(dtypes=(dtype,) * 5, states=16, order=order, projections=(projection,) * 2))
-    for name in ("scan_both", "scan_states", "scan_outputs")
+    (SOURCE, name, macros(dtypes=(dtype,) * 5, states=16, lanes=lanes, order=order, projections=(projection,) * 2))
+    for name, lanes in (("scan_both", 4), ("scan_both", 8), ("scan_states", 4), ("scan_outputs", 4))
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
     for order, projection in ((TOKENS_A_THREAD, VECTORS_OF_TOKENS), (CHANNELS_A_THREAD, VECTORS_OF_STATES))
 ]
@@ -192,9 +197,22 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
             order = wide
             break
     device = u.device.index
+    tiles = -(-length // TILE)
+    gpu = torch.cuda.get_device_properties(device)
+    blocks = batch * groups * _blocks(per_group, lanes_a_channel(states))
+    chunk, in_pairs = _way(blocks, tiles, gpu.multi_processor_count, chunk_size, _fits_pairs(states, gpu))
+    split = isinstance(chunk_size, torch.Tensor) or chunk < tiles
+    lanes = lanes_a_channel(states) * (2 if in_pairs else 1)
+    blocks_of_group = _blocks(per_group, lanes)
+    pieces = batch * groups * blocks_of_group
+    pieces *= tiles if isinstance(chunk_size, torch.Tensor) else -(-tiles // chunk)
+    rows_of_state = -(-batch * channels * states // CARRY_THREADS)
+    if max(pieces, rows_of_state, length + TILE) >= 2**31:
+        raise bad_value("u", f"shape {tuple(u.shape)}", "fewer than 2^31 tokens a sequence and 2^31 blocks of work")
     variant = macros(
         dtypes=(u.dtype, delta.dtype, gate.dtype, B.dtype, C.dtype),
         states=states,
+        lanes=lanes,
         order=order,
         vectors=[_is_wide(order, u.shape, groups, *row) for row in rows],
         projections=[_projection(x, states) for x in (B, C)],
@@ -203,15 +221,6 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
         bias=delta_bias is not None,
         softplus=delta_softplus,
     )
-    tiles = -(-length // TILE)
-    blocks_of_group = -(-per_group // (THREADS // lanes_a_channel(states)))
-    blocks = batch * groups * blocks_of_group
-    chunk = _chunk(blocks, tiles, torch.cuda.get_device_properties(device).multi_processor_count, chunk_size)
-    split = isinstance(chunk_size, torch.Tensor) or chunk < tiles
-    pieces = blocks * (tiles if isinstance(chunk_size, torch.Tensor) else -(-tiles // chunk))
-    rows_of_state = -(-batch * channels * states // CARRY_THREADS)
-    if max(pieces, rows_of_state, length + TILE) >= 2**31:
-        raise bad_value("u", f"shape {tuple(u.shape)}", "fewer than 2^31 tokens a sequence and 2^31 blocks of work")
 
     def launch(name, blocks=pieces, threads=THREADS, shared=0, early=False):
         function = _cuda.function(SOURCE, name, device, variant)
@@ -219,8 +228,10 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
             function.allow_shared(shared)
         return function, (blocks, 1, 1), threads, shared, early
 
-    without, with_outputs = (_shared_bytes(states, outputs) for outputs in (False, True))
-    if split:
+    without, with_outputs = (_shared_bytes(states, lanes, outputs) for outputs in (False, True))
+    if in_pairs:
+        launches = (launch("scan_both", threads=2 * THREADS, shared=RING * with_outputs),)
+    elif split:
         launches = (
             launch("scan_states", shared=without),
             launch("scan_carry", rows_of_state, CARRY_THREADS, early=True),
@@ -237,18 +248,37 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
     return Plan(launches, tiles * split, _NUMBERS.pack(*numbers), _cuda.source_version())
 
 
-def _chunk(blocks, tiles, processors, chunk_size):
-    """Tiles a chunk. A split sequence has every exp computed twice, so one pass wins once it keeps the GPU busy.
+ONE_PASS = ((0.95, 1), (1.35, math.inf))  # blocks a multiprocessor with which one pass beats a split, on an H200;
+ONE_PASS_IN_PAIRS = ((0.44, 0.5), (0.72, 1), (1.15, math.inf))  # where it may have two lanes a share up to:
+MOST_IN_PAIRS = 1.5
 
-    One pass takes as long as its slowest multiprocessor, so a little more than one block for each pays for two. A
-    sequence that is split goes a tile a chunk, which keeps the GPU even; beyond 64 blocks a multiprocessor, up to four.
+
+def _way(blocks, tiles, processors, chunk_size, fits_pairs):
+    """Tiles a chunk, and whether one pass has two lanes a share; `blocks` are those with one lane a share.
+
+    A split sequence has every exp computed twice, so one pass wins once it keeps the GPU busy. It takes as long as its
+    slowest multiprocessor, so a little more than one block for each pays for two; two lanes a share make blocks of half
+    the channels. A sequence that is split goes a tile a chunk, which keeps the GPU even; beyond 64 blocks a
+    multiprocessor, up to four.
     """
     busy = blocks / processors
-    if isinstance(chunk_size, int):
-        return min(chunk_size // TILE, tiles)
-    if isinstance(chunk_size, torch.Tensor) or 0.95 <= busy <= 1 or busy >= 1.35:
-        return tiles
-    return min(max(1, blocks * tiles // (64 * processors)), 4, tiles)
+    intervals = ONE_PASS_IN_PAIRS if fits_pairs else ONE_PASS
+    if isinstance(chunk_size, torch.Tensor):
+        return tiles, False
+    if chunk_size is not None:
+        chunk = min(chunk_size // TILE, tiles)
+    elif any(low <= busy <= high for low, high in intervals):
+        chunk = tiles
+    else:
+        chunk = min(max(1, blocks * tiles // (64 * processors)), 4, tiles)
+    return chunk, chunk == tiles and fits_pairs and busy <= MOST_IN_PAIRS
+
+
+def _fits_pairs(states, gpu):
+    """Whether a multiprocessor holds enough blocks with two lanes a share, which are written for 16 states."""
+    if states != 16:
+        return False
+    return gpu.shared_memory_per_multiprocessor >= PAIR_BLOCKS * (RING * _shared_bytes(states, 8, True) + 1024)
 
 
 def _divisor(by):
@@ -257,24 +287,30 @@ def _divisor(by):
     return by, (2**shift - by << 32) // by + 1, shift
 
 
-def default_chunk(batch, d_inner, seqlen, processors, d_state=16):
-    """The tokens a chunk that chunk_size=None stands for, without groups."""
-    blocks = batch * -(-d_inner // (THREADS // lanes_a_channel(d_state)))
-    return TILE * _chunk(blocks, -(-seqlen // TILE), processors, None)
+def default_chunk(batch, d_inner, seqlen, gpu, d_state=16):
+    """The tokens a chunk that chunk_size=None stands for, without groups, on a GPU with these properties."""
+    blocks = batch * _blocks(d_inner, lanes_a_channel(d_state))
+    fits = _fits_pairs(d_state, gpu)
+    return TILE * _way(blocks, -(-seqlen // TILE), gpu.multi_processor_count, None, fits)[0]
 
 
 def lanes_a_channel(states):
     return 1 if states <= 4 else 2 if states <= 8 else 4 if states <= 16 else 8
 
 
-def _shared_bytes(states, with_outputs):
+def _blocks(channels, lanes):
+    return -(-channels // (THREADS // lanes))
+
+
+def _shared_bytes(states, lanes, with_outputs):
     """What a pass takes of shared memory: `Memory` in the kernel."""
-    lanes = lanes_a_channel(states)
-    channels, tokens, abreast = THREADS // lanes, EACH * lanes, 32 // lanes
-    rows = -(-(channels * (tokens + 4) + channels // 8 * 16) // 32) * 32 + (4 * abreast if abreast < 8 else 0)
-    projection = tokens * lanes * max(4, -(-states // (4 * lanes)) * 4) + 2 * tokens
-    floats = 2 * rows + projection + 2 * channels + (projection + lanes * rows if with_outputs else 8)
-    return 4 * floats
+    shares = lanes_a_channel(states)
+    channels, tokens = THREADS // lanes, EACH * lanes
+    rows = -(-(channels * (tokens + 4) + channels // 8 * 16) // 32) * 32 + 16
+    projection = tokens * shares * max(4, -(-states // (4 * shares)) * 4) + 2 * tokens
+    floats = 2 * rows + projection + 2 * channels + (projection + shares * rows if with_outputs else 8)
+    nothing = tokens if lanes > shares else 4
+    return 4 * (floats + nothing)
 
 
 def token_major(x):

@@ -249,14 +249,14 @@ def shape(*, processors: int | None = None, c_min: int = 128, c_max: int = 2048,
     """`shape_chunk` of u's shape; `processors` defaults to the device's multiprocessors, or the CPU's threads.
 
     For a CUDA tensor it is the chunk that the operator itself would take: one for the whole sequence where that keeps
-    the GPU busy, which spares it a second exp a state and token. c_min, c_max and fill then count for nothing.
+    the GPU busy, which spares it a second exp a state and token. The arguments then count for nothing.
     """
 
     def choose(u: Tensor, layer: int | None) -> int:
         batch, d_inner, seqlen = u.shape
-        count = processors if processors is not None else _processors(u.device)
         if u.is_cuda and u.numel():
-            return default_chunk(batch, d_inner, seqlen, count)
+            return default_chunk(batch, d_inner, seqlen, torch.cuda.get_device_properties(u.device))
+        count = processors if processors is not None else _processors(u.device)
         return shape_chunk(batch, d_inner, seqlen, count, c_min=c_min, c_max=c_max, fill=fill)
 
     shape_chunk(1, 1, 1, processors if processors is not None else 1, c_min=c_min, c_max=c_max, fill=fill)

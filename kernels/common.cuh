@@ -95,6 +95,18 @@ __device__ __forceinline__ void wait_for_earlier_kernels() {
     let_next_kernel_begin();
 }
 
+// ---- warps with different work ----
+
+// Barriers 1 to 15 of a block, for `threads` threads in whole warps. Who only arrives does not wait.
+__device__ __forceinline__ void wait_at_barrier(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void arrive_at_barrier(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 // ---- functions ----
 
 // 2^x on the special function unit: relative error below 2^-22, subnormal results are 0.

@@ -4,6 +4,9 @@
 // tokens in order; all channels of a warp read the same B_t and C_t. The block first turns T tokens of
 // its inputs into fp32 in shared memory (elementwise, by all threads), then walks them, then gates and stores y.
 //
+// <C_t, h_t> is the sum of shares, each a chain over the states of one lane. Where that makes too few blocks, one pass has
+// two lanes a share, so half the channels a block, with the same bits: see scan_in_pairs.cuh.
+//
 // The tile of 128 tokens is the unit of arithmetic. Over a tile a lane computes the local state s, from zero, and the sum
 // of the steps; the carry is H' = exp(A sum) H + s, one fused multiply-add, and h starts each tile from H. A chunk is a
 // whole number of tiles that one block walks. With one chunk a sequence, `scan_both` does it all in one pass. With more,
@@ -13,25 +16,30 @@
 #include "common.cuh"
 
 constexpr int TILE = 128;
-constexpr int WARPS = 4, THREADS = WARPS * 32;
-constexpr int LANES = N <= 4 ? 1 : N <= 8 ? 2 : N <= 16 ? 4 : 8;               // lanes a channel
-constexpr int STATES = ((N + LANES - 1) / LANES + 3) / 4 * 4;                  // of a lane, padded
-constexpr int ROW = LANES * STATES, QUADS = ROW / 4;                           // states of a channel, padded; in fours
+constexpr int WARPS = 4, THREADS = WARPS * 32;                                  // that walk
+constexpr int SHARES = N <= 4 ? 1 : N <= 8 ? 2 : N <= 16 ? 4 : 8;              // of <C, h>, each a chain over its states
+constexpr int CHAIN = ((N + SHARES - 1) / SHARES + 3) / 4 * 4;                 // states of a share, padded
+constexpr int SHARERS = LANES / SHARES, STATES = CHAIN / SHARERS;              // lanes a share; states of a lane
+constexpr int ROW = SHARES * CHAIN, QUADS = ROW / 4;                           // states of a channel, padded; in fours
+static_assert(SHARERS == 1 || SHARERS == 2 && N == 2 * LANES);
+constexpr bool IN_PAIRS = SHARERS == 2;                                        // as many warps again do what is element by element
+constexpr int BLOCK = IN_PAIRS ? 2 * THREADS : THREADS;
 constexpr int ABREAST = 32 / LANES, CHANNELS = WARPS * ABREAST;                // channels side by side in a warp; a block
 constexpr int EACH = 8, T = EACH * LANES;                                      // elements a thread, tokens at a time
-constexpr int BLOCKS = N > 64 ? 1 : N > 16 ? 2 : sizeof(T_U) > 2 ? 3 : 4;      // a multiprocessor: what registers allow
+constexpr int BLOCKS = IN_PAIRS || N > 16 && N <= 64 ? 2 : N > 64 ? 1 : sizeof(T_U) > 2 ? 3 : 4;  // a multiprocessor
 
-// Rows of channels in shared memory, padded so that lanes hit different banks.
-constexpr int ROWS = (CHANNELS * (T + 4) + CHANNELS / 8 * 16 + 31) / 32 * 32 + (ABREAST < 8 ? 4 * ABREAST : 0);
+// Rows of channels in shared memory, padded so that lanes hit different banks, also where neighbours write to two shares.
+constexpr int ROWS = (CHANNELS * (T + 4) + CHANNELS / 8 * 16 + 31) / 32 * 32 + 16;
 __device__ __forceinline__ int row_of(int c) { return c * (T + 4) + c / 8 * 16; }
 
 constexpr int PROJECTION = T * ROW + T / 2 * 4;  // of B or C
 
 template <bool FIND_Y> struct Memory {
-  float step[ROWS], in[ROWS];             // [channel][token]; `walk` knows that `in` follows `step`, and C follows B
   float B[PROJECTION], C[FIND_Y ? PROJECTION : 4];
+  float step[ROWS], in[ROWS];  // [channel][token]; the walks know that `in` follows `step`, and C follows B
   float bias[CHANNELS], D[CHANNELS];
-  float y[FIND_Y ? LANES * ROWS : 4];  // a lane's share of <C, h> [lane][channel][token]
+  float nothing[IN_PAIRS ? T : 4];  // -0, as x + -0 is x: what comes before a share's first lane
+  float y[FIND_Y ? SHARES * ROWS : 4];  // shares of <C, h> [share][channel][token]
 };
 
 // How the elements of a (CHANNELS, T) piece of u, delta, z and y lie among the threads: 8 neighbouring tokens or channels
@@ -83,9 +91,13 @@ __device__ __forceinline__ Place locate(const Params& p) {
 
 // ---- elements of u, delta, z, y --------------------------------------------------------------------------------------
 
+// The thread's number among those that do what is element by element: all of a block, or the second half.
+__device__ __forceinline__ int feeder() { return IN_PAIRS ? int(threadIdx.x) - THREADS : threadIdx.x; }
+
 __device__ __forceinline__ void element(int e, int& c, int& t) {
-  const int i = threadIdx.x, k = e * THREADS + i;
-  if (MAP == TOKENS_A_THREAD) { c = i / (T / EACH); t = i % (T / EACH) * EACH + e; }
+  const int i = feeder(), k = e * THREADS + i;
+  if (MAP == TOKENS_A_THREAD && IN_PAIRS) { c = i / 32 * 4 + i / 2 % 4; t = (i % 2 * 2 + i / 8 % 2 + i / 16 % 2 * 4) * EACH + e; }  // no two of 8 hit a bank
+  else if (MAP == TOKENS_A_THREAD) { c = i / (T / EACH); t = i % (T / EACH) * EACH + e; }
   else if (MAP == CHANNELS_A_THREAD) { t = i / 2 % T; c = (i % 2 + i / (2 * T) * 2) * EACH + e; }  // 32 bytes a token
   else if (MAP == THREADS_ON_TOKENS) { c = k / T; t = k % T; }
   else { c = k % CHANNELS; t = k / CHANNELS; }
@@ -186,8 +198,9 @@ template <bool ALL> __device__ __forceinline__ void store(Walker<T_U, VECTOR_Y>&
 }
 
 // ---- B and C ---------------------------------------------------------------------------------------------------------
-// In shared memory as fp32 [token][state], read in quads of 4 states. Every second token is followed by an empty quad, so that
-// threads that write the same states of many tokens hit different banks. A thread writes two quads at a time.
+// In shared memory as fp32 [token][state], read in quads of 4 states; where lanes hold 2 states, a quad is those of an even
+// token and of the next. Every second token is followed by an empty quad, so that threads that write the same states of
+// many tokens hit different banks. A thread writes two quads at a time, or halves of four.
 __device__ __forceinline__ int quad(int t, int q) { return 4 * (t * QUADS + t / 2 + q); }
 
 template <class X, int LAYOUT> struct Projected {
@@ -237,11 +250,21 @@ template <class X, int LAYOUT> struct Projected {
     float f[VECTORS][LONG];
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) from[v].unpack(f[v]);
-    s += quad(t, n / 4);
+    if constexpr (STATES == 2) {
+      s += quad(t / 2 * 2, n / 2) + t % 2 * 2;
+      if constexpr (OF_STATES)
 #pragma unroll
-    for (int q = 0; q < 2; ++q)  // t is even where the quads are of two tokens: no empty quad lies between
-      if constexpr (OF_STATES) *(float4*)(s + 4 * q) = make_float4(f[0][4 * q], f[0][4 * q + 1], f[0][4 * q + 2], f[0][4 * q + 3]);
-      else *(float4*)(s + 4 * QUADS * q) = make_float4(f[0][q], f[1][q], f[2][q], f[3][q]);
+        for (int q = 0; q < 4; ++q) *(float2*)(s + 4 * q) = make_float2(f[0][2 * q], f[0][2 * q + 1]);
+      else
+#pragma unroll
+        for (int q = 0; q < 2; ++q) *(float4*)(s + 4 * q) = make_float4(f[2 * q][0], f[2 * q + 1][0], f[2 * q][1], f[2 * q + 1][1]);
+    } else {
+      s += quad(t, n / 4);
+#pragma unroll
+      for (int q = 0; q < 2; ++q)  // t is even where the quads are of two tokens: no empty quad lies between
+        if constexpr (OF_STATES) *(float4*)(s + 4 * q) = make_float4(f[0][4 * q], f[0][4 * q + 1], f[0][4 * q + 2], f[0][4 * q + 3]);
+        else *(float4*)(s + 4 * QUADS * q) = make_float4(f[0][q], f[1][q], f[2][q], f[3][q]);
+    }
   }
 
   template <bool ALL> __device__ __forceinline__ void load(Pieces& to, const Projection& st, int t0, int end) {
@@ -270,10 +293,10 @@ template <class X, int LAYOUT> struct Projected {
 // An infinite rate must not meet a step of zero.
 __device__ __forceinline__ float finite(float A) { return fminf(fmaxf(A, -3.4e38f), 3.4e38f); }
 
-// The state after a tile. A growing state (A > 0) may have an infinite factor, which must not meet a zero state.
-__device__ __forceinline__ float carry(float A, float sum, float H, float s) {
-  return H == 0.f ? s : fmaf(ex2(__fmul_rn(A, sum)), H, s);
-}
+// The state after a tile, whose factor is exp(A sum). A growing state (A > 0) may have an infinite one, which must not
+// meet a zero state.
+__device__ __forceinline__ float factor_of(float A, float sum) { return ex2(__fmul_rn(A, sum)); }
+__device__ __forceinline__ float carry(float factor, float H, float s) { return H == 0.f ? s : fmaf(factor, H, s); }
 
 // ---- the passes ------------------------------------------------------------------------------------------------------
 
@@ -286,12 +309,12 @@ struct Inputs {
   Projected<T_C, LAYOUT_C>::Pieces C;
 };
 
-// What all threads do for a block's channels, element by element: steps and inputs before the walk, y after it.
+// What is done for a block's channels element by element: steps and inputs before the walk, y after it.
 template <bool FIND_Y> struct Elementwise {
   const Params& p;
   const Place& w;
-  Memory<FIND_Y>& memory;
-  Walker<const T_U, VECTOR_U> u;
+  Memory<FIND_Y>* memory;
+  Walker<const T_U, VECTOR_U> u, u_again;
   Walker<const T_DELTA, VECTOR_DELTA> delta;
   Walker<const T_Z, VECTOR_Z> z;
   Walker<T_U, VECTOR_Y> y;
@@ -299,17 +322,27 @@ template <bool FIND_Y> struct Elementwise {
   Projected<T_B, LAYOUT_B> B;
   Projected<T_C, LAYOUT_C> C;
 
-  __device__ __forceinline__ Elementwise(const Params& p, const Place& w, Memory<FIND_Y>& memory)
-      : p(p), w(w), memory(memory), u(p.u, p.su, w), delta(p.delta, p.sdelta, w), z(p.z, p.sz, w), y(p.y, p.sy, w), stages_B(threadIdx.x < THREADS / 2),
-        B(p.B + w.b * p.sB.batch + w.g * p.sB.group, p.sB, threadIdx.x % (THREADS / 2), w.first),
-        C(p.C + w.b * p.sC.batch + w.g * p.sC.group, p.sC, threadIdx.x % (THREADS / 2), w.first) {}
+  __device__ __forceinline__ Elementwise(const Params& p, const Place& w, Memory<FIND_Y>* memory)
+      : p(p), w(w), memory(memory), u(p.u, p.su, w), u_again(u), delta(p.delta, p.sdelta, w), z(p.z, p.sz, w), y(p.y, p.sy, w), stages_B(feeder() < THREADS / 2),
+        B(p.B + w.b * p.sB.batch + w.g * p.sB.group, p.sB, feeder() % (THREADS / 2), w.first),
+        C(p.C + w.b * p.sC.batch + w.g * p.sC.group, p.sC, feeder() % (THREADS / 2), w.first) {}
 
   template <bool ALL> __device__ __forceinline__ void fetch(Inputs& to, int t0) {
+    if (IN_PAIRS && ALL && t0 + 3 * T <= w.end) {
+      prefetch(u.at + 2 * T * p.su.token);
+      prefetch(delta.at + 2 * T * p.sdelta.token);
+    }
     load<ALL>(to.u, u, p.su, t0, w);
     load<ALL>(to.delta, delta, p.sdelta, t0, w);
-    if (FIND_Y && HAS_Z) load<ALL>(to.z, z, p.sz, t0, w);
+    if (FIND_Y && HAS_Z && !IN_PAIRS) load<ALL>(to.z, z, p.sz, t0, w);
     if (stages_B) B.template load<ALL>(to.B, p.sB, t0, w.end);
     else if (FIND_Y) C.template load<ALL>(to.C, p.sC, t0, w.end);
+  }
+
+  template <bool ALL> __device__ __forceinline__ void fetch_gate(Inputs& to, int t0) {  // what `finish` needs, where it is long after `fetch`
+    if (ALL && HAS_Z && t0 + 3 * T <= w.end) prefetch(z.at + 2 * T * p.sz.token);
+    load<ALL>(to.u, u_again, p.su, t0, w);
+    if (HAS_Z) load<ALL>(to.z, z, p.sz, t0, w);
   }
 
   template <bool ALL> __device__ __forceinline__ void stage(const Inputs& from, int t0) {  // steps and inputs, B and C
@@ -320,7 +353,7 @@ template <bool FIND_Y> struct Elementwise {
 #pragma unroll
     for (int e = 0; e < EACH; ++e) {
       element(e, c, t);
-      if (HAS_BIAS) step[e] = __fadd_rn(step[e], memory.bias[c]);
+      if (HAS_BIAS) step[e] = __fadd_rn(step[e], memory->bias[c]);
       if (SOFTPLUS) step[e] = softplus(step[e]);
       if (!ALL && t0 + t >= w.end) step[e] = 0.f;  // beyond the end nothing decays and nothing enters
       in[e] = __fmul_rn(step[e], in[e]);
@@ -329,28 +362,28 @@ template <bool FIND_Y> struct Elementwise {
     if (MAP == TOKENS_A_THREAD) {
 #pragma unroll
       for (int e = 0; e < EACH; e += 4) {
-        *(float4*)(memory.step + row_of(c) + t + e) = make_float4(step[e], step[e + 1], step[e + 2], step[e + 3]);
-        *(float4*)(memory.in + row_of(c) + t + e) = make_float4(in[e], in[e + 1], in[e + 2], in[e + 3]);
+        *(float4*)(memory->step + row_of(c) + t + e) = make_float4(step[e], step[e + 1], step[e + 2], step[e + 3]);
+        *(float4*)(memory->in + row_of(c) + t + e) = make_float4(in[e], in[e + 1], in[e + 2], in[e + 3]);
       }
     } else {
 #pragma unroll
       for (int e = 0; e < EACH; ++e) {
         element(e, c, t);
-        memory.step[row_of(c) + t] = step[e];
-        memory.in[row_of(c) + t] = in[e];
+        memory->step[row_of(c) + t] = step[e];
+        memory->in[row_of(c) + t] = in[e];
       }
     }
-    if (stages_B) B.put(memory.B, from.B, p.sB, t0, w.end);
-    else if (FIND_Y) C.put(memory.C, from.C, p.sC, t0, w.end);
+    if (stages_B) B.put(memory->B, from.B, p.sB, t0, w.end);
+    else if (FIND_Y) C.put(memory->C, from.C, p.sC, t0, w.end);
   }
 
-  template <bool ALL> __device__ __forceinline__ void finish(const Inputs& from, int t0) {  // sum over lanes, skip and gate
+  template <bool ALL> __device__ __forceinline__ void finish(const Inputs& from, int t0) {  // sum the shares, skip and gate
     float out[EACH], skip[EACH], gate[EACH];
     int c, t;
 #pragma unroll
-    for (int l = 0; l < LANES; ++l) {
+    for (int l = 0; l < SHARES; ++l) {
       alignas(16) float share[EACH];
-      const float* shares = memory.y + l * ROWS;
+      const float* shares = memory->y + l * ROWS;
       element(0, c, t);
 #pragma unroll
       for (int e = 0; e < EACH; e += MAP == TOKENS_A_THREAD ? 4 : 1) {
@@ -365,7 +398,7 @@ template <bool FIND_Y> struct Elementwise {
 #pragma unroll
     for (int e = 0; e < EACH; ++e) {
       element(e, c, t);
-      if (HAS_D) out[e] = fmaf(memory.D[c], skip[e], out[e]);
+      if (HAS_D) out[e] = fmaf(memory->D[c], skip[e], out[e]);
       if (HAS_Z) out[e] = __fmul_rn(out[e], __fmul_rn(gate[e], sigmoid(gate[e])));
     }
     store<ALL>(y, out, p.sy, t0, w);
@@ -376,16 +409,20 @@ template <bool FIND_Y> struct Elementwise {
 template <bool FIND_S, bool FIND_Y> struct Lane {
   const Params& p;
   const Place& w;
-  Memory<FIND_Y>& memory;
-  const int sub, mine;  // which states, which channel of the block
+  Memory<FIND_Y>* memory;
+  const int share, place, sub, mine;  // which share, which of its lanes, so which states; which channel of the block
   const int64 rows, channel, row;
   float A[STATES], h[STATES], s[STATES], H[STATES], sum;
   float fixed_B[STATES], fixed_C[STATES];  // where constant
 
   __device__ __forceinline__ bool exists(int i) const { return mine < w.channels && (ROW == N || sub * STATES + i < N); }
 
-  __device__ __forceinline__ Lane(const Params& p, const Place& w, Memory<FIND_Y>& memory)
-      : p(p), w(w), memory(memory), sub(threadIdx.x % 32 / ABREAST), mine(threadIdx.x / 32 * ABREAST + threadIdx.x % ABREAST),
+  // Bit 0 of a lane's number is bit 0 of its share, the next ones are its channel's. So neighbours read the same steps and lanes 2 apart the
+  // same B: either makes one wavefront of a half-warp's 16-byte reads, which are two otherwise.
+  __device__ __forceinline__ Lane(const Params& p, const Place& w, Memory<FIND_Y>* memory)
+      : p(p), w(w), memory(memory), share(SHARES == 1 ? 0 : threadIdx.x % 2 + threadIdx.x % 32 / (2 * ABREAST) * 2 % SHARES),
+        place(threadIdx.x % 32 / (32 / SHARERS)), sub(share * SHARERS + place),
+        mine(threadIdx.x / 32 * ABREAST + (SHARES == 1 ? threadIdx.x % 32 : threadIdx.x % 32 / 2 % ABREAST)),
         rows((int64)p.batch.by * p.channels), channel(w.channel + mine), row(w.b * (int64)p.channels + channel), sum(0.f) {
 #pragma unroll
     for (int i = 0; i < STATES; ++i) {
@@ -407,8 +444,8 @@ template <bool FIND_S, bool FIND_Y> struct Lane {
   }
 
   __device__ __forceinline__ void walk() {
-    const float *steps = memory.step + row_of(mine), *Bs = memory.B + quad(0, sub * STATES / 4);
-    float* shares = memory.y + sub * ROWS + row_of(mine);
+    const float *steps = memory->step + row_of(mine), *Bs = memory->B + quad(0, sub * STATES / 4);
+    float* shares = memory->y + share * ROWS + row_of(mine);
 #pragma unroll (FIND_S && FIND_Y ? 1 : 2)
     for (int t = 0; t < T; t += 4, steps += 4, Bs += quad(4, 0), shares += 4) {
       const float4 step_4 = *(const float4*)steps, in_4 = *(const float4*)(steps + ROWS);
@@ -437,23 +474,28 @@ template <bool FIND_S, bool FIND_Y> struct Lane {
       }
       if (FIND_Y) *(float4*)shares = make_float4(part[0], part[1], part[2], part[3]);
     }
-    if (FIND_S) {  // lanes share the work of summing the steps
-      steps -= T;
+    if (FIND_S)
 #pragma unroll
-      for (int t = 4 * sub; t < T; t += 4 * LANES) {
-        const float4 four = *(const float4*)(steps + t);
-        sum = __fadd_rn(sum, __fadd_rn(__fadd_rn(four.x, four.y), __fadd_rn(four.z, four.w)));
-      }
-    }
+      for (int t = 4 * share; t < T; t += 4 * SHARES) add_group(memory->step + row_of(mine) + t);
+  }
+
+  // Lanes share the work of summing the steps: each has every SHARES-th group of 4 tokens.
+  __device__ __forceinline__ void add_group(const float* steps) {
+    const float4 four = *(const float4*)steps;
+    sum = __fadd_rn(sum, __fadd_rn(__fadd_rn(four.x, four.y), __fadd_rn(four.z, four.w)));
+  }
+  __device__ __forceinline__ void add_lanes() {
+#pragma unroll
+    for (int lanes = 16 / SHARERS; lanes > ABREAST; lanes /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, lanes));
+    if (SHARES > 1) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, 1));
   }
 
   __device__ __forceinline__ void end_tile(int t0) {
-#pragma unroll
-    for (int lanes = 16; lanes >= ABREAST; lanes /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, lanes));
+    add_lanes();
     const int64 to = (FIND_Y ? 0 : t0 / TILE * rows) + row;
 #pragma unroll
     for (int i = 0; i < STATES; ++i) {
-      if (FIND_Y) H[i] = carry(A[i], sum, H[i], s[i]);
+      if (FIND_Y) H[i] = carry(factor_of(A[i], sum), H[i], s[i]);
       if (FIND_Y && t0 + T >= p.length && exists(i)) p.last[to * N + sub * STATES + i] = H[i];
       if (!FIND_Y && exists(i)) p.tiles[to * N + sub * STATES + i] = s[i];
       s[i] = 0.f;
@@ -466,7 +508,7 @@ template <bool FIND_S, bool FIND_Y> struct Lane {
 
 template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const Params& p) {
   extern __shared__ __align__(16) float shared[];
-  Memory<FIND_Y>& memory = *(Memory<FIND_Y>*)shared;
+  Memory<FIND_Y>* memory = (Memory<FIND_Y>*)shared;
   const Place w = locate(p);
   if (!w.any) return;
   if (!FIND_Y) let_next_kernel_begin();
@@ -481,13 +523,13 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
   fetch(now, w.first);
   Lane<FIND_S, FIND_Y> lane(p, w, memory);
   if (const int c = threadIdx.x; c < CHANNELS) {
-    memory.bias[c] = HAS_BIAS && c < w.channels ? p.bias[(w.channel + c) * p.bias_channel] : 0.f;
-    memory.D[c] = HAS_D && c < w.channels ? p.D[(w.channel + c) * p.D_channel] : 0.f;
+    memory->bias[c] = HAS_BIAS && c < w.channels ? p.bias[(w.channel + c) * p.bias_channel] : 0.f;
+    memory->D[c] = HAS_D && c < w.channels ? p.D[(w.channel + c) * p.D_channel] : 0.f;
   }
   if (ROW > N)  // padded states read what nobody writes: it must be finite
     for (int i = threadIdx.x; i < PROJECTION; i += THREADS) {
-      memory.B[i] = 0.f;
-      if (FIND_Y) memory.C[i] = 0.f;
+      memory->B[i] = 0.f;
+      if (FIND_Y) memory->C[i] = 0.f;
     }
   __syncthreads();
   if (!FIND_S) wait_for_earlier_kernels();  // for the states before the tiles: all that was read so far is older
@@ -512,9 +554,18 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
   }
 }
 
-extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void scan_both(const __grid_constant__ Params p) { pass<true, true>(p); }
-extern "C" __global__ __launch_bounds__(THREADS, BLOCKS + (MAP == TOKENS_A_THREAD ? 2 : 1)) void scan_states(const __grid_constant__ Params p) { pass<true, false>(p); }
-extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void scan_outputs(const __grid_constant__ Params p) { pass<false, true>(p); }
+#include "scan_in_pairs.cuh"
+
+extern "C" __global__ __launch_bounds__(BLOCK, BLOCKS) void scan_both(const __grid_constant__ Params p) {
+  if constexpr (IN_PAIRS) pass_in_pairs(p);
+  else pass<true, true>(p);
+}
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS + (MAP == TOKENS_A_THREAD ? 2 : 1)) void scan_states(const __grid_constant__ Params p) {
+  if constexpr (!IN_PAIRS) pass<true, false>(p);
+}
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void scan_outputs(const __grid_constant__ Params p) {
+  if constexpr (!IN_PAIRS) pass<false, true>(p);
+}
 
 // One (batch row, channel, state): s of every tile becomes the state before it.
 struct Chain {
@@ -536,7 +587,7 @@ struct Chain {
     for (int j = 0; j < AHEAD; ++j)
       if (first + j < tiles) {
         p.tiles[(first + j) * rows * N + i] = H;
-        H = carry(A, of.sum[j], H, of.s[j]);
+        H = carry(factor_of(A, of.sum[j]), H, of.s[j]);
       }
   }
 };

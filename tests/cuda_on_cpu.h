@@ -1,6 +1,7 @@
 // Runs a CUDA kernel on the CPU, for tests of its logic where there is no GPU. Every thread of a block is a fiber that
-// runs until its next __syncthreads; blocks run one after another, last first, and shared memory starts as garbage. It
-// knows what kernels/selective_scan.cu uses: shuffles that the whole block takes part in, no atomics, and exp2 and 1/x in place of the GPU's.
+// runs until it waits at a barrier; blocks run one after another, last first, and shared memory starts as garbage. It
+// knows what kernels/selective_scan.cu uses: barriers of a block, of some of its warps and of a warp, shuffles of whole
+// warps, no atomics, and exp2 and 1/x in place of the GPU's.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -59,15 +60,33 @@ inline Index blockIdx, blockDim, gridDim;
 inline Fiber* running;
 inline ucontext_t scheduler;
 inline void* shared_memory;
+inline unsigned long passed;  // barriers and ends of threads: there is always a next one, or the block hangs
 #define threadIdx (running->thread)
-inline void __syncthreads() { swapcontext(&running->context, &scheduler); }
+
+struct Barrier {
+  unsigned arrived = 0, round = 0;
+  void arrive(unsigned threads) {
+    if (++arrived < threads) return;
+    arrived = 0;
+    ++round;
+    ++passed;
+  }
+  void wait(unsigned threads) {
+    const unsigned mine = round;
+    arrive(threads);
+    while (round == mine) swapcontext(&running->context, &scheduler);
+  }
+};
+inline Barrier block_barrier, barriers[16], warp_barriers[32];
+inline void __syncthreads() { block_barrier.wait(blockDim.x); }
+inline void __syncwarp() { warp_barriers[threadIdx.x / 32].wait(32); }
 inline float __shfl_xor_sync(unsigned, float mine, int lanes) {
   static float offered[1024];
   const unsigned me = threadIdx.x;
   offered[me] = mine;
-  __syncthreads();
+  __syncwarp();
   const float theirs = offered[me ^ lanes];
-  __syncthreads();
+  __syncwarp();
   return theirs;
 }
 
@@ -94,15 +113,22 @@ template <class Params> void run_grid(void (*kernel)(const Params), const Params
       fiber.context.uc_link = &scheduler;
       makecontext(&fiber.context, +[] { entry(*argument); running->done = true; }, 0);
     }
+    block_barrier = {};
+    std::fill(std::begin(barriers), std::end(barriers), Barrier{});
+    std::fill(std::begin(warp_barriers), std::end(warp_barriers), Barrier{});
+    unsigned long before = -1;
     for (unsigned left = threads; left > 0;) {
-      const unsigned before = left;
-      for (auto& fiber : fibers) {
+      const bool waits = passed == before;  // all that could run has run in the last turn
+      before = passed;
+      for (unsigned t = 0; t < threads; ++t) {
+        Fiber& fiber = fibers[block % 2 ? threads - 1 - t : t];  // either order, so that who relies on one is noticed
         if (fiber.done) continue;
         running = &fiber;
         swapcontext(&scheduler, &fiber.context);
         left -= fiber.done;
+        passed += fiber.done;
       }
-      if (left != 0 && left != before) { fprintf(stderr, "some threads left the kernel before a barrier of the others\n"); abort(); }
+      if (waits && passed == before) { fprintf(stderr, "threads wait at a barrier that others do not reach\n"); abort(); }
     }
   }
   free(shared_memory);

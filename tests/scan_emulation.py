@@ -37,11 +37,15 @@ class Emulation:
         if macros not in self.built:
             folder = self.folder / str(len(self.built))
             folder.mkdir()
-            text = (KERNELS / source).read_text().replace("extern __shared__ __align__(16) float shared[];", _MEMORY)
+            pairs = (KERNELS / "scan_in_pairs.cuh").read_text()
+            text = (KERNELS / source).read_text().replace('#include "scan_in_pairs.cuh"\n', pairs)
+            text = text.replace("extern __shared__ __align__(16) float shared[];", _MEMORY)
             (folder / "kernel.cu").write_text(self.change(text) if self.change else text)
             header = (KERNELS / "common.cuh").read_text()
-            header = re.sub(r'asm\("ex2.*\);', "y = exp2f(x);", header)
-            (folder / "common.cuh").write_text(re.sub(r'asm\("rcp.*\);', "y = 1.0f / x;", header))
+            for instruction, emulated in _INSTRUCTIONS.items():
+                header, found = re.subn(rf'asm( volatile)?\("{instruction}.*\);', emulated, header)
+                assert found == 1, instruction
+            (folder / "common.cuh").write_text(header)
             for empty in ("cuda_bf16.h", "cuda_fp16.h"):
                 (folder / empty).write_text("")
             cases = "".join(
@@ -74,6 +78,13 @@ class Emulation:
         return self.built[macros]
 
 
+_INSTRUCTIONS = {  # in PTX, and in their place
+    "ex2": "y = exp2f(x);",
+    "rcp": "y = 1.0f / x;",
+    "bar.sync": "barriers[barrier].wait(threads);",
+    "bar.arrive": "barriers[barrier].arrive(threads);",
+    "prefetch": "",
+}
 _MEMORY = "float* shared = (float*)shared_memory;"
 _RUN = """#include "cuda_on_cpu.h"
 #include "kernel.cu"
@@ -95,6 +106,7 @@ class _Function:
 
 class _Properties:
     multi_processor_count = 1  # one pass as soon as there are two blocks
+    shared_memory_per_multiprocessor = 0
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch
 from scan_gpu import Differences, assert_same_bits, device_chunk, gpu_inputs, run
 from scan_inputs import LAYOUTS, OPTIONS, lay_out, tokens
 
+from corey import _scan_cuda
 from corey.scan import TILE
 
 pytestmark = pytest.mark.gpu
@@ -70,6 +71,22 @@ def test_a_chunk_size_on_the_device_is_as_good_as_an_int_and_rounded_up_to_tiles
 def test_a_nonsensical_chunk_size_on_the_device_cannot_hang_or_change_the_result(chunk_size):
     inputs = gpu_inputs(2, 40, 3000)
     assert_same_bits(run(inputs, chunk_size=device_chunk(chunk_size)), run(inputs))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_pass_in_pairs_or_not_gives_the_same_bits(dtype, layout, monkeypatch):
+    differences = Differences()
+    for shape in ((1, 16, 1), (2, 34, 31), (1, 130, 288), (3, 40, 1057), (1, 4096, 352)):
+        for how in ({}, {"memory": "forgetful", "B_kind": "constant", "C_kind": "grouped", "options": OPTIONS}):
+            inputs = gpu_inputs(*shape, dtype=dtype, layout=layout, **how)
+            want = run(inputs, chunk_size=TILE)
+            for pairs in (True, False):
+                monkeypatch.setattr(_scan_cuda, "_fits_pairs", lambda states, gpu, pairs=pairs: pairs)
+                _scan_cuda._plans.clear()
+                differences.add(run(inputs, chunk_size=2**40 * TILE), want)
+    _scan_cuda._plans.clear()
+    assert int(differences) == 0
 
 
 # ---- splits, rows and channels ---------------------------------------------------------------------------------------

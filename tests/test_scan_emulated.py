@@ -5,6 +5,7 @@ import torch
 from scan_emulation import emulated  # noqa: F401
 from scan_inputs import OPTIONS, in_float64, lay_out, make_inputs, relative_error
 
+from corey import _scan_cuda
 from corey._scan_cuda import _divisor
 from corey.scan import selective_scan_ref
 
@@ -41,6 +42,55 @@ def test_values_are_right_and_chunks_never_change_a_bit(case, emulated):  # noqa
     for chunk_size in CHUNKS:
         y_chunked, last_chunked = emulated(inputs, chunk_size)
         assert torch.equal(y_chunked, y) and torch.equal(last_chunked, last)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"dtype": f32, "length": 288, "layout": "offset", "memory": "forgetful"},
+        {"dtype": bf16, "length": 385, "layout": "token_major", "B_kind": "grouped", "C_kind": "grouped"},
+        {"dtype": f16, "length": 448, "layout": "sliced", "B_kind": "constant"},
+    ],
+    ids=lambda case: case["layout"],
+)
+def test_twice_the_lanes_give_the_same_bits(case, emulated, monkeypatch):  # noqa: F811
+    inputs = make_inputs(batch=2, dim=72, options=OPTIONS, **case)
+    inputs["C"] = lay_out(inputs["C"].flatten(0, -3), "token_major").view(inputs["C"].shape)
+    inputs["u"][..., 260:] = 0  # a forgetful state dies out, towards a zero of either sign
+    want = emulated(inputs, 128)
+    use_pairs(monkeypatch)
+    for got, right in zip(emulated(inputs, 2**20 * 128), want):
+        assert torch.equal(got, right) and torch.equal(got.signbit(), right.signbit())
+
+
+def use_pairs(monkeypatch):
+    """One pass has two lanes a share from here on."""
+    monkeypatch.setattr(_scan_cuda, "_fits_pairs", lambda states, gpu: True)
+    monkeypatch.setattr(_scan_cuda, "MOST_IN_PAIRS", 10**6)
+
+
+PAIR_BREAKS = {
+    "a round is overwritten while it is walked": ("    wait_until_left();\n", ""),
+    "the second lane starts anew": ("before = place == 0 ? memory->nothing : shares;", "before = memory->nothing;"),
+    "the second lane does not wait": ("        step();\n        __syncwarp();\n", "        step();\n"),
+    "a tile goes on": ("if (t0 > w.first && ends_tile(t0 - T)) end_tile(t0 - T);", ""),
+    "factors of another tile": ("if (ends_tile(t0)) find_factors();", "if (t0 == 0) find_factors();"),
+    "the last 4 tokens are dropped": ("      put_four();\n      end_tile(t0);\n", "      end_tile(t0);\n"),
+    "the next round is read too early": ("if (place == 0 ? i == 2 : i == 3)", "if (i == 2)"),
+}
+
+
+@pytest.mark.parametrize("old, new", PAIR_BREAKS.values(), ids=PAIR_BREAKS)
+def test_breaks_of_pairs_are_noticed(old, new, emulated, monkeypatch):  # noqa: F811
+    def change(source):
+        assert source.count(old) == 1
+        return source.replace(old, new)
+
+    inputs = make_inputs(batch=1, dim=40, length=416, options=OPTIONS)  # whole groups of 4 up to the end
+    want = emulated(inputs, 128)
+    use_pairs(monkeypatch)
+    assert all(torch.equal(got, right) for got, right in zip(emulated(inputs, 2**20 * 128), want))
+    assert not all(torch.equal(got, right) for got, right in zip(emulated(inputs, 2**20 * 128, change), want))
 
 
 def skip_tiles(source):
@@ -101,8 +151,8 @@ def test_layouts_give_the_same_bits(emulated):  # noqa: F811
 
 
 BREAKS = {
-    "carry dropped": ("return H == 0.f ? s : fmaf(ex2(__fmul_rn(A, sum)), H, s);", "return s;"),
-    "carry stale": ("if (FIND_Y) H[i] = carry(A[i], sum, H[i], s[i]);", ""),
+    "carry dropped": ("return H == 0.f ? s : fmaf(factor, H, s);", "return s;"),
+    "carry stale": ("if (FIND_Y) H[i] = carry(factor_of(A[i], sum), H[i], s[i]);", ""),
     "tail dropped": ("w.end = min(w.first + chunk, p.length);", "w.end = min(w.first + chunk, p.length / 8 * 8);"),
     "last state lost": ("  p.last[i] = chain.H;\n", ""),
     "beyond the end": ("if (!ALL && t0 + t >= w.end) step[e] = 0.f;", ""),

@@ -1,0 +1,236 @@
+// One pass with two lanes a share, for shapes that would leave one warp a scheduler. Half of a block's warps only walk, in
+// rounds of T tokens; the others feed them: they stage what is two rounds ahead and finish what is two rounds behind. Rounds
+// lie in a ring of three in shared memory, so that a walk reads into the next round and never stops between two.
+//
+// A share's second lane walks 4 tokens behind the first one and goes on from what that left among the shares: the chain of
+// `Lane::walk`, so the bits are the same.
+constexpr int RING = 3;
+
+__device__ __forceinline__ void meet() { wait_at_barrier(1, BLOCK); }  // of walkers and feeders, between rounds
+__device__ __forceinline__ void leave_round() { arrive_at_barrier(2, BLOCK); }  // nobody walks the round before any more,
+__device__ __forceinline__ void wait_until_left() { wait_at_barrier(2, BLOCK); }  // so its place is free
+
+struct Pair : Lane<true, true> {
+  struct Raw { float4 step, in; alignas(16) float B[4][2]; };  // of 4 tokens
+  struct Four { float a[4][2], x[4][2]; };                      // what they do to two states
+  const float *steps, *Bs, *Cs, *before;
+  float* shares;
+  Raw raw;     // 8 tokens ahead of the walk
+  Four now;
+  float factor[STATES];  // of the tile that ends next
+
+  __device__ __forceinline__ Pair(const Params& p, const Place& w, Memory<true>* memory) : Lane(p, w, memory) {}
+
+  __device__ __forceinline__ void begin() {
+    read_from(memory);
+    raw = load_four();
+    now = find_four();
+    raw = load_four();
+  }
+
+  __device__ __forceinline__ void walk_round(int t0, const Memory<true>* next) {
+    const int tokens = min(T, (w.end - t0 - 1) / (EACH * SHARES) * (EACH * SHARES) + EACH * SHARES);  // as far as `Lane` walks
+    const float* mine_of_steps = memory->step + row_of(mine) + 4 * share;
+    if (place == 0) write_to(memory);
+    if (place == 0 || t0 > w.first) step();
+    if (place == 1) {
+      if (t0 > w.first && ends_tile(t0 - T)) end_tile(t0 - T);
+      write_to(memory);
+    }
+    add_group(mine_of_steps);
+    __syncwarp();
+    leave_round();
+#pragma unroll
+    for (int i = 1; i < 4; ++i) {
+      add_group(mine_of_steps + 4 * SHARES * i);
+      step();
+      __syncwarp();
+    }
+#pragma unroll 1
+    for (int t = 32; t < tokens; t += 16) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        step();
+        __syncwarp();
+      }
+    }
+    if (ends_tile(t0)) find_factors();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (place == 0 ? i == 2 : i == 3) read_from(next);
+      step();
+      __syncwarp();
+    }
+    if (place == 0 && ends_tile(t0)) end_tile(t0);
+  }
+
+  __device__ __forceinline__ void end_last_round(int t0) {
+    if (place == 1) {
+      put_four();
+      end_tile(t0);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void read_from(const Memory<true>* memory) {
+    steps = memory->step + row_of(mine);
+    Bs = memory->B + quad(0, sub);
+  }
+  __device__ __forceinline__ void write_to(Memory<true>* memory) {
+    shares = memory->y + share * ROWS + row_of(mine);
+    before = place == 0 ? memory->nothing : shares;
+    Cs = memory->C + quad(0, sub);
+  }
+
+  __device__ __forceinline__ void step() {  // 4 tokens, while the exps of the next 4 and the reads of those after are on their way
+    const Four next = find_four();
+    raw = load_four();
+    put_four();
+    now = next;
+  }
+  __device__ __forceinline__ Raw load_four() {
+    Raw of;
+    of.step = *(const float4*)steps;
+    of.in = *(const float4*)(steps + ROWS);
+#pragma unroll
+    for (int j = 0; j < 4; j += 2)
+      if (LAYOUT_B != CONSTANT) *(float4*)of.B[j] = *(const float4*)(Bs + quad(j, 0));
+    steps += 4;
+    Bs += quad(4, 0);
+    return of;
+  }
+  __device__ __forceinline__ Four find_four() const {
+    Four of;
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        of.a[j][i] = ex2(__fmul_rn(A[i], (&raw.step.x)[j]));
+        of.x[j][i] = __fmul_rn((&raw.in.x)[j], LAYOUT_B == CONSTANT ? fixed_B[i] : raw.B[j][i]);
+      }
+    return of;
+  }
+  __device__ __forceinline__ void put_four() {
+    float4 part = *(const float4*)before;
+    alignas(16) float C[4][2];
+#pragma unroll
+    for (int j = 0; j < 4; j += 2)
+      if (LAYOUT_C != CONSTANT) *(float4*)C[j] = *(const float4*)(Cs + quad(j, 0));
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        s[i] = fmaf(now.a[j][i], s[i], now.x[j][i]);
+        h[i] = fmaf(now.a[j][i], h[i], now.x[j][i]);
+        (&part.x)[j] = fmaf(h[i], LAYOUT_C == CONSTANT ? fixed_C[i] : C[j][i], (&part.x)[j]);
+      }
+    *(float4*)shares = part;
+    before += 4;
+    shares += 4;
+    Cs += quad(4, 0);
+  }
+
+  __device__ __forceinline__ bool ends_tile(int t0) const { return (t0 + T) % TILE == 0 || t0 + T >= w.end; }
+
+  // Found by all lanes together, before the first one's tile ends.
+  __device__ __forceinline__ void find_factors() {
+    add_lanes();
+#pragma unroll
+    for (int i = 0; i < STATES; ++i) factor[i] = factor_of(A[i], sum);
+    sum = 0.f;
+  }
+  __device__ __forceinline__ void end_tile(int t0) {
+#pragma unroll
+    for (int i = 0; i < STATES; ++i) {
+      H[i] = carry(factor[i], H[i], s[i]);
+      if (t0 + T >= p.length && exists(i)) p.last[row * N + sub * STATES + i] = H[i];
+      s[i] = 0.f;
+      h[i] = H[i];
+    }
+  }
+};
+
+__device__ __forceinline__ int onward(int place) { return place + 1 == RING ? 0 : place + 1; }
+
+__device__ __forceinline__ void walk_in_pairs(const Params& p, const Place& w, Memory<true>* ring) {
+  Pair lane(p, w, ring);
+  meet();
+  meet();
+  lane.begin();
+  int t0 = w.first;
+#pragma unroll 1
+  for (int now = 0; t0 < w.end; t0 += T) {
+    lane.memory = ring + now;
+    now = onward(now);
+    lane.walk_round(t0, ring + now);
+    meet();
+  }
+  lane.end_last_round(t0 - T);
+  meet();
+}
+
+__device__ __forceinline__ void feed_pairs(const Params& p, const Place& w, Memory<true>* ring) {
+  Elementwise<true> elementwise(p, w, ring);
+  Inputs coming, gates;
+  const bool full = w.channels == CHANNELS;
+  const auto all = [&](int t0) { return t0 + T <= w.end && full; };
+  const auto fetch = [&](int t0) {
+    if (all(t0)) elementwise.template fetch<true>(coming, t0);
+    else if (t0 < w.end) elementwise.template fetch<false>(coming, t0);
+  };
+  const auto stage = [&](int t0, int place) {
+    elementwise.memory = ring + place;
+    if (all(t0)) elementwise.template stage<true>(coming, t0);
+    else if (t0 < w.end) elementwise.template stage<false>(coming, t0);
+  };
+  const auto fetch_gate = [&](int t0) {
+    if (all(t0)) elementwise.template fetch_gate<true>(gates, t0);
+    else elementwise.template fetch_gate<false>(gates, t0);
+  };
+  const auto finish = [&](int t0, int place) {
+    elementwise.memory = ring + place;
+    if (all(t0)) elementwise.template finish<true>(gates, t0);
+    else elementwise.template finish<false>(gates, t0);
+  };
+
+  fetch(w.first);
+  meet();
+  stage(w.first, 0);
+  fetch(w.first + T);
+  stage(w.first + T, 1);
+  fetch(w.first + 2 * T);
+  meet();
+  int behind = 1, ahead = 2, t0 = w.first;  // where the rounds two behind and two ahead lie
+#pragma unroll 1
+  for (; t0 < w.end; t0 += T) {
+    if (t0 > w.first + T) finish(t0 - 2 * T, behind);
+    if (t0 > w.first) fetch_gate(t0 - T);
+    wait_until_left();
+    stage(t0 + 2 * T, ahead);
+    fetch(t0 + 3 * T);
+    behind = ahead;
+    ahead = onward(ahead);
+    meet();
+  }
+  if (t0 > w.first + T) finish(t0 - 2 * T, behind);
+  fetch_gate(t0 - T);
+  meet();
+  finish(t0 - T, ahead);
+}
+
+__device__ __forceinline__ void pass_in_pairs(const Params& p) {
+  extern __shared__ __align__(16) float shared[];
+  Memory<true>* ring = (Memory<true>*)shared;
+  const Place w = locate(p);
+  if (!w.any) return;
+#pragma unroll
+  for (int place = 0; place < RING; ++place) {
+    if (const int c = threadIdx.x; c < CHANNELS) {
+      ring[place].bias[c] = HAS_BIAS && c < w.channels ? p.bias[(w.channel + c) * p.bias_channel] : 0.f;
+      ring[place].D[c] = HAS_D && c < w.channels ? p.D[(w.channel + c) * p.D_channel] : 0.f;
+    }
+    if (threadIdx.x < T) ring[place].nothing[threadIdx.x] = -0.f;
+  }
+  if (threadIdx.x < THREADS) walk_in_pairs(p, w, ring);
+  else feed_pairs(p, w, ring);
+}
