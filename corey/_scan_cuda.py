@@ -200,7 +200,8 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
     tiles = -(-length // TILE)
     gpu = torch.cuda.get_device_properties(device)
     blocks = batch * groups * _blocks(per_group, lanes_a_channel(states))
-    chunk, in_pairs = _way(blocks, tiles, gpu.multi_processor_count, chunk_size, _fits_pairs(states, gpu))
+    fits_pairs = _fits_pairs(states, gpu)
+    chunk, in_pairs = _way(blocks, tiles, gpu.multi_processor_count, chunk_size, _layout(u), fits_pairs)
     split = isinstance(chunk_size, torch.Tensor) or chunk < tiles
     lanes = lanes_a_channel(states) * (2 if in_pairs else 1)
     blocks_of_group = _blocks(per_group, lanes)
@@ -248,26 +249,30 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
     return Plan(launches, tiles * split, _NUMBERS.pack(*numbers), _cuda.source_version())
 
 
-ONE_PASS = ((0.95, 1), (1.35, math.inf))  # blocks a multiprocessor with which one pass beats a split, on an H200;
-ONE_PASS_IN_PAIRS = ((0.44, 0.5), (0.72, 1), (1.15, math.inf))  # where it may have two lanes a share up to:
-MOST_IN_PAIRS = 1.5
+# Blocks a multiprocessor, with one lane a share, with which one pass beats a split of 4096 tokens on an H200.
+ONE_PASS = ((0.95, 1), (1.35, math.inf))
+ONE_PASS_IN_PAIRS = {
+    "channel_major": ((0.44, 0.5), (0.73, 1), (1.17, math.inf)),
+    "token_major": ((0.46, 0.5), (0.78, 1), (1.27, math.inf)),
+}
+MOST_IN_PAIRS = 1.5  # blocks a multiprocessor; beyond, one pass does better with one lane a share
 
 
-def _way(blocks, tiles, processors, chunk_size, fits_pairs):
+def _way(blocks, tiles, processors, chunk_size, layout, fits_pairs):
     """Tiles a chunk, and whether one pass has two lanes a share; `blocks` are those with one lane a share.
 
-    A split sequence has every exp computed twice, so one pass wins once it keeps the GPU busy. It takes as long as its
-    slowest multiprocessor, so a little more than one block for each pays for two; two lanes a share make blocks of half
-    the channels. A sequence that is split goes a tile a chunk, which keeps the GPU even; beyond 64 blocks a
-    multiprocessor, up to four.
+    A split sequence has every exp computed twice and is three launches, so one pass wins where the sequence is short or
+    the GPU is kept busy. It takes as long as its slowest multiprocessor, so a little more than one block for each pays
+    for two; two lanes a share make blocks of half the channels. A sequence that is split goes a tile a chunk, which
+    keeps the GPU even; beyond 64 blocks a multiprocessor, up to four.
     """
     busy = blocks / processors
-    intervals = ONE_PASS_IN_PAIRS if fits_pairs else ONE_PASS
+    intervals = ONE_PASS_IN_PAIRS[layout] if fits_pairs else ONE_PASS
     if isinstance(chunk_size, torch.Tensor):
         return tiles, False
     if chunk_size is not None:
         chunk = min(chunk_size // TILE, tiles)
-    elif any(low <= busy <= high for low, high in intervals):
+    elif tiles <= (4 if fits_pairs else 2) or any(low <= busy <= high for low, high in intervals):
         chunk = tiles
     else:
         chunk = min(max(1, blocks * tiles // (64 * processors)), 4, tiles)
@@ -287,11 +292,12 @@ def _divisor(by):
     return by, (2**shift - by << 32) // by + 1, shift
 
 
-def default_chunk(batch, d_inner, seqlen, gpu, d_state=16):
-    """The tokens a chunk that chunk_size=None stands for, without groups, on a GPU with these properties."""
-    blocks = batch * _blocks(d_inner, lanes_a_channel(d_state))
-    fits = _fits_pairs(d_state, gpu)
-    return TILE * _way(blocks, -(-seqlen // TILE), gpu.multi_processor_count, None, fits)[0]
+def default_chunk(u, d_state=16):
+    """The tokens a chunk that chunk_size=None stands for, for u (batch, d_inner, seqlen) on a GPU, without groups."""
+    batch, d_inner, seqlen = u.shape
+    gpu = torch.cuda.get_device_properties(u.device)
+    blocks, tiles = batch * _blocks(d_inner, lanes_a_channel(d_state)), -(-seqlen // TILE)
+    return TILE * _way(blocks, tiles, gpu.multi_processor_count, None, _layout(u), _fits_pairs(d_state, gpu))[0]
 
 
 def lanes_a_channel(states):
@@ -315,6 +321,10 @@ def _shared_bytes(states, lanes, with_outputs):
 
 def token_major(x):
     return 0 < x.stride(1) < x.stride(2)
+
+
+def _layout(x):
+    return "token_major" if token_major(x) else "channel_major"
 
 
 def _is_wide(order, shape, groups, strides, address, itemsize):

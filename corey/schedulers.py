@@ -255,7 +255,7 @@ def shape(*, processors: int | None = None, c_min: int = 128, c_max: int = 2048,
     def choose(u: Tensor, layer: int | None) -> int:
         batch, d_inner, seqlen = u.shape
         if u.is_cuda and u.numel():
-            return default_chunk(batch, d_inner, seqlen, torch.cuda.get_device_properties(u.device))
+            return default_chunk(u)
         count = processors if processors is not None else _processors(u.device)
         return shape_chunk(batch, d_inner, seqlen, count, c_min=c_min, c_max=c_max, fill=fill)
 

@@ -96,8 +96,10 @@ __device__ __forceinline__ int feeder() { return IN_PAIRS ? int(threadIdx.x) - T
 
 __device__ __forceinline__ void element(int e, int& c, int& t) {
   const int i = feeder(), k = e * THREADS + i;
-  if (MAP == TOKENS_A_THREAD && IN_PAIRS) { c = i / 32 * 4 + i / 2 % 4; t = (i % 2 * 2 + i / 8 % 2 + i / 16 % 2 * 4) * EACH + e; }  // no two of 8 hit a bank
-  else if (MAP == TOKENS_A_THREAD) { c = i / (T / EACH); t = i % (T / EACH) * EACH + e; }
+  if (MAP == TOKENS_A_THREAD) {  // 8 threads are on two rows, 4 a row: that is how they hit different banks
+    c = IN_PAIRS ? i / 32 * 4 + i / 16 % 2 * 2 + i / 4 % 2 : i / (T / EACH);
+    t = (IN_PAIRS ? i / 8 % 2 * 4 + i % 4 : i % (T / EACH)) * EACH + e;
+  }
   else if (MAP == CHANNELS_A_THREAD) { t = i / 2 % T; c = (i % 2 + i / (2 * T) * 2) * EACH + e; }  // 32 bytes a token
   else if (MAP == THREADS_ON_TOKENS) { c = k / T; t = k % T; }
   else { c = k % CHANNELS; t = k / CHANNELS; }

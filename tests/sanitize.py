@@ -19,6 +19,8 @@ import torch  # noqa: E402
 from scan_gpu import device_chunk, gpu_inputs, run  # noqa: E402
 from scan_inputs import OPTIONS  # noqa: E402
 
+from corey import _scan_cuda  # noqa: E402
+
 f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
 calls = 0
 
@@ -37,7 +39,15 @@ def scan():
         ((2, 24, 256, 16), "channel_major", f32, "grouped", "grouped", OPTIONS, (128, 256)),
         ((1, 40, 300, 16), "token_major", bf16, "variable", "variable", OPTIONS, (None, 128)),
         ((2, 17, 129, 16), "token_major", f16, "variable", "constant", ("z",), (128,)),
-        ((1, 33, 1030, 16), "padded_channels", bf16, "variable", "variable", ("D", "z", "delta_bias"), (128, 512)),
+        (
+            (1, 33, 1030, 16),
+            "padded_channels",
+            bf16,
+            "variable",
+            "variable",
+            ("D", "z", "delta_bias"),
+            (128, 512, 1152),
+        ),
         ((1, 9, 260, 5), "sliced", f32, "constant", "variable", (), (128,)),
         ((1, 5, 17, 1), "offset", bf16, "variable", "variable", ("D",), (None,)),
         ((1, 16, 257, 64), "channel_major", bf16, "variable", "variable", ("initial_state",), (128, "device")),
@@ -46,8 +56,11 @@ def scan():
     ]
     for shape, layout, dtype, B, C, options, chunks in cases:
         inputs = gpu_inputs(*shape, layout=layout, dtype=dtype, B_kind=B, C_kind=C, groups=1, options=options)
-        for chunk in chunks:
-            finite(*run(inputs, chunk_size=device_chunk(256) if chunk == "device" else chunk))
+        for most_in_pairs in (1.5, 0):  # one pass with two lanes a share, and with one
+            _scan_cuda.MOST_IN_PAIRS = most_in_pairs
+            _scan_cuda._plans.clear()
+            for chunk in chunks:
+                finite(*run(inputs, chunk_size=device_chunk(256) if chunk == "device" else chunk))
 
 
 def entropy():

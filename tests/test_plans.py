@@ -350,3 +350,21 @@ def test_a_call_that_would_be_found_again_is_refused_for_an_equal_option(change,
         selective_scan(**inputs, chunk_size=128)
     with pytest.raises(TypeError, match=f"^{next(iter(change))}: "):
         selective_scan(**inputs | {"chunk_size": 128} | change)
+
+
+@pytest.mark.parametrize(
+    "blocks, tiles, chunk_size, layout, fits_pairs, way",
+    [
+        (64, 32, None, "channel_major", True, (32, True)),
+        (64, 32, None, "channel_major", False, (1, False)),  # split
+        (64, 2, None, "token_major", False, (2, False)),  # too short to be split
+        (160, 32, None, "channel_major", True, (32, True)),
+        (160, 32, None, "token_major", True, (1, False)),
+        (512, 32, None, "channel_major", True, (32, False)),  # enough blocks with one lane a share
+        (64, 512, 384, "channel_major", True, (3, False)),
+        (64, 512, 512 * 128, "channel_major", True, (512, True)),
+        (64, 512, torch.tensor(128, dtype=torch.int32), "channel_major", True, (512, False)),
+    ],
+)
+def test_a_scan_is_one_pass_or_split_by_the_blocks_that_it_makes(blocks, tiles, chunk_size, layout, fits_pairs, way):
+    assert _scan_cuda._way(blocks, tiles, 132, chunk_size, layout, fits_pairs) == way
