@@ -1,8 +1,8 @@
 // Selective scan forward (Mamba's S6): h_t = exp(step_t A) h_{t-1} + step_t u_t B_t,  y_t = (<C_t, h_t> + D u_t) silu(z_t).
 //
 // States run across the lanes. LANES lanes share a channel, each holds STATES of its states in registers and walks the
-// tokens in order; all channels of a warp read the same B_t and C_t. The block first turns T tokens of
-// its inputs into fp32 in shared memory (elementwise, by all threads), then walks them, then gates and stores y.
+// tokens in order; all channels of a warp read the same B_t and C_t. The block first turns T tokens of its inputs into fp32
+// in shared memory (elementwise, by all threads), then walks them, then gates and stores y.
 //
 // <C_t, h_t> is the sum of shares, each a chain over the states of one lane. Where that makes too few blocks, one pass has
 // two lanes a share, so half the channels a block, with the same bits: see scan_in_pairs.cuh.
@@ -325,7 +325,8 @@ template <bool FIND_Y> struct Elementwise {
   Projected<T_C, LAYOUT_C> C;
 
   __device__ __forceinline__ Elementwise(const Params& p, const Place& w, Memory<FIND_Y>* memory)
-      : p(p), w(w), memory(memory), u(p.u, p.su, w), u_again(u), delta(p.delta, p.sdelta, w), z(p.z, p.sz, w), y(p.y, p.sy, w), stages_B(feeder() < THREADS / 2),
+      : p(p), w(w), memory(memory), u(p.u, p.su, w), u_again(u), delta(p.delta, p.sdelta, w), z(p.z, p.sz, w), y(p.y, p.sy, w),
+        stages_B(feeder() < THREADS / 2),
         B(p.B + w.b * p.sB.batch + w.g * p.sB.group, p.sB, feeder() % (THREADS / 2), w.first),
         C(p.C + w.b * p.sC.batch + w.g * p.sC.group, p.sC, feeder() % (THREADS / 2), w.first) {}
 
@@ -341,7 +342,7 @@ template <bool FIND_Y> struct Elementwise {
     else if (FIND_Y) C.template load<ALL>(to.C, p.sC, t0, w.end);
   }
 
-  template <bool ALL> __device__ __forceinline__ void fetch_gate(Inputs& to, int t0) {  // what `finish` needs, where it is long after `fetch`
+  template <bool ALL> __device__ __forceinline__ void fetch_gate(Inputs& to, int t0) {  // for a `finish` long after `fetch`
     if (ALL && HAS_Z && t0 + 3 * T <= w.end) prefetch(z.at + 2 * T * p.sz.token);
     load<ALL>(to.u, u_again, p.su, t0, w);
     if (HAS_Z) load<ALL>(to.z, z, p.sz, t0, w);
@@ -419,8 +420,8 @@ template <bool FIND_S, bool FIND_Y> struct Lane {
 
   __device__ __forceinline__ bool exists(int i) const { return mine < w.channels && (ROW == N || sub * STATES + i < N); }
 
-  // Bit 0 of a lane's number is bit 0 of its share, the next ones are its channel's. So neighbours read the same steps and lanes 2 apart the
-  // same B: either makes one wavefront of a half-warp's 16-byte reads, which are two otherwise.
+  // Bit 0 of a lane's number is bit 0 of its share, the next ones are its channel's. So neighbours read the same steps, and
+  // lanes 2 apart the same B: either makes one wavefront of a half-warp's 16-byte reads, which are two otherwise.
   __device__ __forceinline__ Lane(const Params& p, const Place& w, Memory<FIND_Y>* memory)
       : p(p), w(w), memory(memory), share(SHARES == 1 ? 0 : threadIdx.x % 2 + threadIdx.x % 32 / (2 * ABREAST) * 2 % SHARES),
         place(threadIdx.x % 32 / (32 / SHARERS)), sub(share * SHARERS + place),

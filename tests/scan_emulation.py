@@ -81,8 +81,8 @@ class Emulation:
 _INSTRUCTIONS = {  # in PTX, and in their place
     "ex2": "y = exp2f(x);",
     "rcp": "y = 1.0f / x;",
-    "bar.sync": "barriers[barrier].wait(threads);",
-    "bar.arrive": "barriers[barrier].arrive(threads);",
+    "barrier.sync": "barriers[barrier].wait(threads);",
+    "barrier.arrive": "barriers[barrier].arrive(threads);",
     "prefetch": "",
 }
 _MEMORY = "float* shared = (float*)shared_memory;"
