@@ -191,16 +191,12 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
     gate = u if z is None else z
     y_strides = (channels * length, 1, channels) if token_major(u) else (channels * length, length, 1)
     rows = [(x.stride(), x.data_ptr(), x.dtype.itemsize) for x in (u, delta, gate)] + [(y_strides, 0, u.dtype.itemsize)]
-    order = THREADS_ON_CHANNELS if token_major(u) else THREADS_ON_TOKENS
-    for wide in (TOKENS_A_THREAD, CHANNELS_A_THREAD):
-        if _is_wide(wide, u.shape, groups, *rows[0]):
-            order = wide
-            break
+    order = _order(u, groups)
     device = u.device.index
     tiles = -(-length // TILE)
     gpu = torch.cuda.get_device_properties(device)
     blocks = batch * groups * _blocks(per_group, lanes_a_channel(states))
-    fits_pairs = _fits_pairs(states, gpu)
+    fits_pairs = _fits_pairs(states, order, gpu)
     chunk, in_pairs = _way(blocks, tiles, gpu.multi_processor_count, chunk_size, _layout(u), fits_pairs)
     split = isinstance(chunk_size, torch.Tensor) or chunk < tiles
     lanes = lanes_a_channel(states) * (2 if in_pairs else 1)
@@ -279,9 +275,13 @@ def _way(blocks, tiles, processors, chunk_size, layout, fits_pairs):
     return chunk, chunk == tiles and fits_pairs and busy <= MOST_IN_PAIRS
 
 
-def _fits_pairs(states, gpu):
-    """Whether a multiprocessor holds enough blocks with two lanes a share, which are written for 16 states."""
-    if states != 16:
+def _fits_pairs(states, order, gpu):
+    """Whether one pass may have two lanes a share.
+
+    They are written for 16 states, warps that feed others must read whole vectors to keep up, and a multiprocessor must
+    hold enough of their blocks.
+    """
+    if states != 16 or order not in (TOKENS_A_THREAD, CHANNELS_A_THREAD):
         return False
     return gpu.shared_memory_per_multiprocessor >= PAIR_BLOCKS * (RING * _shared_bytes(states, 8, True) + 1024)
 
@@ -297,7 +297,8 @@ def default_chunk(u, d_state=16):
     batch, d_inner, seqlen = u.shape
     gpu = torch.cuda.get_device_properties(u.device)
     blocks, tiles = batch * _blocks(d_inner, lanes_a_channel(d_state)), -(-seqlen // TILE)
-    return TILE * _way(blocks, tiles, gpu.multi_processor_count, None, _layout(u), _fits_pairs(d_state, gpu))[0]
+    fits_pairs = _fits_pairs(d_state, _order(u, groups=1), gpu)
+    return TILE * _way(blocks, tiles, gpu.multi_processor_count, None, _layout(u), fits_pairs)[0]
 
 
 def lanes_a_channel(states):
@@ -325,6 +326,14 @@ def token_major(x):
 
 def _layout(x):
     return "token_major" if token_major(x) else "channel_major"
+
+
+def _order(u, groups):
+    """How the elements of a piece of u lie among the threads."""
+    for wide in (TOKENS_A_THREAD, CHANNELS_A_THREAD):
+        if _is_wide(wide, u.shape, groups, u.stride(), u.data_ptr(), u.dtype.itemsize):
+            return wide
+    return THREADS_ON_CHANNELS if token_major(u) else THREADS_ON_TOKENS
 
 
 def _is_wide(order, shape, groups, strides, address, itemsize):

@@ -65,7 +65,7 @@ def test_twice_the_lanes_give_the_same_bits(case, emulated, monkeypatch):  # noq
 
 def use_pairs(monkeypatch):
     """One pass has two lanes a share from here on."""
-    monkeypatch.setattr(_scan_cuda, "_fits_pairs", lambda states, gpu: True)
+    monkeypatch.setattr(_scan_cuda, "_fits_pairs", lambda *_: True)
     monkeypatch.setattr(_scan_cuda, "MOST_IN_PAIRS", 10**6)
 
 
