@@ -41,7 +41,7 @@ def selective_scan(
     """Mamba's selective scan; takes what mamba_ssm's `selective_scan_fn` takes, in the same order.
 
     u, delta, z: (B, D, L) in float32, float16 or bfloat16, any strides. Token-major views, `x.transpose(1, 2)` of a
-        (B, L, D) tensor, are as fast as channel-major ones and never copied.
+        (B, L, D) tensor, take about as long as channel-major ones and are never copied.
     A: (D, N) float32, N from 1 to 256. D, delta_bias: (D,) float32. Mamba's A is negative; where A > 0 makes a state
         outgrow float32, it is infinite on the CPU and infinite or NaN on CUDA.
     B, C: (B, N, L), or (B, G, N, L) where G divides D, or (D, N) constants, in the dtypes allowed for u. The dtypes of
