@@ -76,7 +76,7 @@ class Function:
 def function(source: str, name: str, device: int, macros: Macros = ()) -> Function:
     """The kernel `name` of kernels/`source` on CUDA device `device`, compiled with -DNAME=value for every macro.
 
-    Costs a look at the files' times when it is in memory, about 10 ms from disk and 0.1 to 1 s when it is compiled.
+    Costs a look at the files' times when it is in memory, about 10 ms from disk, and up to seconds when it is compiled.
     Callers keep the result; `source_version` says when to ask again. May be called while a graph is captured.
     Raises RuntimeError with NVRTC's log when the source does not compile, or with the install hint.
     """

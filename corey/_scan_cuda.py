@@ -195,10 +195,7 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
     order = _order(u, groups)
     device = u.device.index
     tiles = -(-length // TILE)
-    gpu = torch.cuda.get_device_properties(device)
-    blocks = batch * groups * _blocks(per_group, lanes_a_channel(states))
-    fits_pairs = _fits_pairs(states, order, gpu)
-    chunk, in_pairs = _way(blocks, tiles, gpu.multi_processor_count, chunk_size, _layout(u), fits_pairs)
+    chunk, in_pairs = _way_of(u, groups, states, chunk_size)
     split = isinstance(chunk_size, torch.Tensor) or chunk < tiles
     lanes = lanes_a_channel(states) * (2 if in_pairs else 1)
     blocks_of_group = _blocks(per_group, lanes)
@@ -276,6 +273,15 @@ def _way(blocks, tiles, processors, chunk_size, layout, fits_pairs):
     return chunk, chunk == tiles and fits_pairs and busy <= MOST_IN_PAIRS
 
 
+def _way_of(u, groups, states, chunk_size):
+    batch, channels, length = u.shape
+    gpu = torch.cuda.get_device_properties(u.device.index)
+    blocks, tiles = batch * groups * _blocks(channels // groups, lanes_a_channel(states)), -(-length // TILE)
+    fits_pairs = _fits_pairs(states, _order(u, groups), gpu)
+    layout = "token_major" if token_major(u) else "channel_major"
+    return _way(blocks, tiles, gpu.multi_processor_count, chunk_size, layout, fits_pairs)
+
+
 def _fits_pairs(states, order, gpu):
     """Whether one pass may have two lanes a share.
 
@@ -293,13 +299,9 @@ def _divisor(by):
     return by, (2**shift - by << 32) // by + 1, shift
 
 
-def default_chunk(u, d_state=16):
-    """The tokens a chunk that chunk_size=None stands for, for u (batch, d_inner, seqlen) on a GPU, without groups."""
-    batch, d_inner, seqlen = u.shape
-    gpu = torch.cuda.get_device_properties(u.device)
-    blocks, tiles = batch * _blocks(d_inner, lanes_a_channel(d_state)), -(-seqlen // TILE)
-    fits_pairs = _fits_pairs(d_state, _order(u, groups=1), gpu)
-    return TILE * _way(blocks, tiles, gpu.multi_processor_count, None, _layout(u), fits_pairs)[0]
+def default_chunk(u):
+    """The tokens a chunk that chunk_size=None stands for: u (batch, d_inner, seqlen) on a GPU, 16 states, no groups."""
+    return TILE * _way_of(u, 1, 16, None)[0]
 
 
 def lanes_a_channel(states):
@@ -323,10 +325,6 @@ def _shared_bytes(states, lanes, with_outputs):
 
 def token_major(x):
     return 0 < x.stride(1) < x.stride(2)
-
-
-def _layout(x):
-    return "token_major" if token_major(x) else "channel_major"
 
 
 def _order(u, groups):

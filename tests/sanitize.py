@@ -39,24 +39,17 @@ def scan():
         ((2, 24, 256, 16), "channel_major", f32, "grouped", "grouped", OPTIONS, (128, 256)),
         ((1, 40, 300, 16), "token_major", bf16, "variable", "variable", OPTIONS, (None, 128)),
         ((2, 17, 129, 16), "token_major", f16, "variable", "constant", ("z",), (128,)),
-        (
-            (1, 33, 1030, 16),
-            "padded_channels",
-            bf16,
-            "variable",
-            "variable",
-            ("D", "z", "delta_bias"),
-            (128, 512, 1152),
-        ),
+        ((1, 33, 1030, 16), "padded_channels", bf16, "variable", "variable", ("z", "delta_bias"), (128, 512, 1152)),
         ((1, 9, 260, 5), "sliced", f32, "constant", "variable", (), (128,)),
         ((1, 5, 17, 1), "offset", bf16, "variable", "variable", ("D",), (None,)),
         ((1, 16, 257, 64), "channel_major", bf16, "variable", "variable", ("initial_state",), (128, "device")),
         ((1, 8, 1, 16), "token_major", f32, "variable", "variable", ("z", "D"), (None,)),
         ((3, 130, 640, 16), "token_major", bf16, "variable", "variable", ("z", "D"), (128, 256)),
     ]
+    most = _scan_cuda.MOST_IN_PAIRS
     for shape, layout, dtype, B, C, options, chunks in cases:
         inputs = gpu_inputs(*shape, layout=layout, dtype=dtype, B_kind=B, C_kind=C, groups=1, options=options)
-        for most_in_pairs in (1.5, 0):  # one pass with two lanes a share, and with one
+        for most_in_pairs in (most, 0):  # one pass with two lanes a share, and with one
             _scan_cuda.MOST_IN_PAIRS = most_in_pairs
             _scan_cuda._plans.clear()
             for chunk in chunks:

@@ -32,6 +32,16 @@ CASES = {
 }
 
 
+def edit(old, new):
+    """A change of the kernel's source that breaks it."""
+
+    def change(source):
+        assert source.count(old) == 1
+        return source.replace(old, new)
+
+    return change
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_values_are_right_and_chunks_never_change_a_bit(case, emulated):  # noqa: F811
     inputs = make_inputs(options=OPTIONS, **case)
@@ -82,24 +92,17 @@ PAIR_BREAKS = {
 
 @pytest.mark.parametrize("old, new", PAIR_BREAKS.values(), ids=PAIR_BREAKS)
 def test_breaks_of_pairs_are_noticed(old, new, emulated, monkeypatch):  # noqa: F811
-    def change(source):
-        assert source.count(old) == 1
-        return source.replace(old, new)
-
     inputs = make_inputs(batch=1, dim=40, length=416, options=OPTIONS)  # whole groups of 4 up to the end
     want = emulated(inputs, 128)
     use_pairs(monkeypatch)
     assert all(torch.equal(got, right) for got, right in zip(emulated(inputs, 2**20 * 128), want))
-    assert not all(torch.equal(got, right) for got, right in zip(emulated(inputs, 2**20 * 128, change), want))
+    assert not all(torch.equal(got, right) for got, right in zip(emulated(inputs, 2**20 * 128, edit(old, new)), want))
 
 
-def skip_tiles(source):
-    old = "    chain.load(now, first + 2 * Chain::AHEAD);\n"
-    assert source.count(old) == 1
-    return source.replace(old, "")
+SKIP_TILES = edit("    chain.load(now, first + 2 * Chain::AHEAD);\n", "")
 
 
-@pytest.mark.parametrize("change, right", [(None, True), (skip_tiles, False)], ids=["as it is", "tiles not loaded"])
+@pytest.mark.parametrize("change, right", [(None, True), (SKIP_TILES, False)], ids=["as it is", "tiles not loaded"])
 def test_many_tiles_are_linked(change, right, emulated):  # noqa: F811
     inputs = make_inputs(batch=1, dim=8, length=128 * 70 + 5, options=OPTIONS)  # linking loads 32 tiles at a time
     y, last = emulated(inputs, 128 * 71, change)
@@ -117,7 +120,7 @@ def test_divisors_divide_all_that_a_grid_counts():
                 assert ((n * magic >> 32) + n) % 2**32 >> shift == n // by
 
 
-BREAKS = {
+PIECE_BREAKS = {
     "the end of a chunk is not fetched": ("else if (t0 < w.end || ONE_PASS)", "else if (t0 + T < w.end || ONE_PASS)"),
     "whole pieces are taken for such to the end": ("full && t0 + T <= w.end;", "full && t0 < w.end;"),
     "B and C are read as if contiguous": ("from[e * st.token]", "from[e]"),
@@ -125,12 +128,8 @@ BREAKS = {
 }
 
 
-@pytest.mark.parametrize("old, new", BREAKS.values(), ids=BREAKS)
+@pytest.mark.parametrize("old, new", PIECE_BREAKS.values(), ids=PIECE_BREAKS)
 def test_breaks_of_whole_and_partial_pieces_are_noticed(old, new, emulated):  # noqa: F811
-    def change(source):
-        assert source.count(old) == 1
-        return source.replace(old, new)
-
     inputs = make_inputs(batch=1, dim=80, length=300, layout="sliced", B_kind="grouped", C_kind="grouped")
     inputs["B"] = lay_out(inputs["B"].flatten(0, 1), "sliced").unflatten(0, inputs["B"].shape[:2])
     y_64, last_64 = selective_scan_ref(**in_float64(inputs), return_last_state=True)
@@ -139,7 +138,7 @@ def test_breaks_of_whole_and_partial_pieces_are_noticed(old, new, emulated):  # 
         return relative_error(y, y_64) < 1e-6 and relative_error(last, last_64) < 1e-6
 
     assert right(*emulated(inputs, None))
-    assert not right(*emulated(inputs, 128, change))
+    assert not right(*emulated(inputs, 128, edit(old, new)))
 
 
 def test_layouts_give_the_same_bits(emulated):  # noqa: F811
@@ -161,13 +160,9 @@ BREAKS = {
 
 @pytest.mark.parametrize("old, new", BREAKS.values(), ids=BREAKS)
 def test_a_broken_kernel_is_noticed(old, new, emulated):  # noqa: F811
-    def change(source):
-        assert source.count(old) == 1
-        return source.replace(old, new)
-
     inputs = make_inputs(batch=1, dim=24, length=300, options=OPTIONS)
     y_64, last_64 = selective_scan_ref(**in_float64(inputs), return_last_state=True)
-    wrong = False
+    change, wrong = edit(old, new), False
     for chunk_size in (128, 2**20 * 128):
         y, last = emulated(inputs, chunk_size, change)
         wrong |= not (relative_error(y, y_64) < 1e-3 and relative_error(last, last_64) < 1e-3)
