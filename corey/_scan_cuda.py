@@ -3,6 +3,7 @@
 import math
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -12,9 +13,9 @@ from corey._operands import CPP_TYPES
 from corey._plans import ABSENT, Plans, alignment, empty
 from corey._scan_args import TILE, check_chunk_size, check_tensors
 
-SOURCE = "selective_scan.cu"
-THREADS, EACH = 128, 8  # as in the kernel: threads of a block that walk, elements a thread takes at a time
-RING, PAIR_BLOCKS = 3, 2  # with two lanes a share: rounds in shared memory, blocks that a multiprocessor must hold
+SOURCE, CARRY = "selective_scan.cu", "scan_carry.cu"
+WALKERS, EACH = 4, 8  # as in the kernel: warps of a block that walk, elements a thread takes at a time
+RING = 3  # with two lanes a share: rounds in shared memory
 CARRY_THREADS = 64  # small blocks, which spread over all multiprocessors
 TOKENS_A_THREAD, CHANNELS_A_THREAD, THREADS_ON_TOKENS, THREADS_ON_CHANNELS = range(4)
 VECTORS_OF_TOKENS, VECTORS_OF_STATES, STRIDED, CONSTANT = range(4)
@@ -23,25 +24,98 @@ _POINTERS = struct.Struct("=14Q")
 _NUMBERS = struct.Struct("=27q9I4i4x")
 
 
+class Block(NamedTuple):
+    """Lanes a channel, warps that walk, tokens at a time; in pairs other warps do what is element by element."""
+
+    lanes: int
+    walkers: int
+    tokens: int
+    in_pairs: bool
+
+    @property
+    def channels(self):
+        return 32 * self.walkers // self.lanes
+
+    @property
+    def threads(self):
+        return 32 * self.walkers + self.in_pairs * self.channels * self.tokens // EACH
+
+
+def _pair(walkers, tokens):
+    return Block(8, walkers, tokens, True)
+
+
+PAIRS = {  # from the smallest
+    "channel_major": (_pair(4, 128), _pair(4, 64), _pair(6, 64), _pair(8, 64), _pair(10, 64), _pair(12, 32)),
+    "token_major": (_pair(4, 64), _pair(6, 64), _pair(8, 64), _pair(10, 64), _pair(12, 32)),
+}
+
+
 def macros(
-    *, dtypes, states, lanes=None, order, vectors=(True,) * 4, projections, z=True, D=True, bias=True, softplus=True
+    *,
+    dtypes,
+    states,
+    block=None,
+    split=False,
+    order,
+    vectors=(True,) * 4,
+    projections,
+    z=True,
+    D=True,
+    bias=True,
+    softplus=True,
 ):
     """The variant's macros. dtypes: of u, delta, z, B, C; vectors: of u, delta, z, y; projections: of B, C."""
-    lanes = lanes or lanes_a_channel(states)
+    block = block or _plain_block(states)
     named = zip(("T_U", "T_DELTA", "T_Z", "T_B", "T_C"), (CPP_TYPES[dtype] for dtype in dtypes))
     wide = zip(("VECTOR_U", "VECTOR_DELTA", "VECTOR_Z", "VECTOR_Y"), (int(vector) for vector in vectors))
     flags = (("HAS_Z", int(z)), ("HAS_D", int(D)), ("HAS_BIAS", int(bias)), ("SOFTPLUS", int(softplus)))
     lie = (("MAP", order), ("LAYOUT_B", projections[0]), ("LAYOUT_C", projections[1]))
-    return (*named, *wide, *flags, ("N", states), ("LANES", lanes), *lie)
+    sizes = (("LANES", block.lanes), ("WALKERS", block.walkers), ("TOKENS", block.tokens))
+    return (*named, *wide, *flags, *lie, ("N", states), *sizes, ("SPLIT", int(split)))
 
 
+def _plain_block(states):
+    lanes = _lanes_a_channel(states)
+    return Block(lanes, WALKERS, EACH * lanes, False)
+
+
+def _lanes_a_channel(states):
+    return 1 if states <= 4 else 2 if states <= 8 else 4 if states <= 16 else 8
+
+
+def _tuned(name, block, dtypes=(torch.bfloat16, torch.float16, torch.float32)):
+    orders = ((TOKENS_A_THREAD, VECTORS_OF_TOKENS), (CHANNELS_A_THREAD, VECTORS_OF_STATES))
+    return [
+        (
+            SOURCE,
+            name,
+            macros(
+                dtypes=(dtype,) * 5,
+                states=16,
+                block=block,
+                split=name != "scan_both",
+                order=order,
+                projections=(projection,) * 2,
+            ),
+        )
+        for dtype in dtypes
+        for order, projection in orders
+    ]
+
+
+_HALVES = (torch.bfloat16, torch.float16)  # float32 in pairs spills a word off sm_90
 TUNED = [
-    (SOURCE, name, macros(dtypes=(dtype,) * 5, states=16, lanes=lanes, order=order, projections=(projection,) * 2))
-    for name, lanes in (("scan_both", 4), ("scan_both", 8), ("scan_states", 4), ("scan_outputs", 4))
-    for dtype in (torch.bfloat16, torch.float16, torch.float32)
-    if lanes == 4 or dtype.itemsize == 2  # float32 in pairs spills a word off sm_90
-    for order, projection in ((TOKENS_A_THREAD, VECTORS_OF_TOKENS), (CHANNELS_A_THREAD, VECTORS_OF_STATES))
+    (CARRY, "scan_carry", (("N", 16),)),
+    *(variant for name in ("scan_both", "scan_states", "scan_outputs") for variant in _tuned(name, None)),
+    *(
+        variant
+        for size in ((4, 128), (4, 64), (6, 64), (8, 64))
+        for variant in _tuned("scan_both", _pair(*size), _HALVES)
+    ),
 ]
+# Of 18 and 20 warps, so 96 registers a thread: enough on sm_90 and sm_100, of which one multiprocessor holds them.
+TUNED_ON_HOPPER = [variant for size in ((10, 64), (12, 32)) for variant in _tuned("scan_both", _pair(*size), _HALVES)]
 
 
 @dataclass(frozen=True)
@@ -195,19 +269,22 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
     order = _order(u, groups)
     device = u.device.index
     tiles = -(-length // TILE)
-    chunk, in_pairs = _way_of(u, groups, states, chunk_size)
+    chunk, pairs = _way_of(u, groups, states, chunk_size)
     split = isinstance(chunk_size, torch.Tensor) or chunk < tiles
-    lanes = lanes_a_channel(states) * (2 if in_pairs else 1)
-    blocks_of_group = _blocks(per_group, lanes)
+    block = pairs or _plain_block(states)
+    blocks_of_group = -(-per_group // block.channels)
     pieces = batch * groups * blocks_of_group
     pieces *= tiles if isinstance(chunk_size, torch.Tensor) else -(-tiles // chunk)
     rows_of_state = -(-batch * channels * states // CARRY_THREADS)
-    if max(pieces, rows_of_state, length + TILE) >= 2**31:
-        raise bad_value("u", f"shape {tuple(u.shape)}", "fewer than 2^31 tokens a sequence and 2^31 blocks of work")
+    if max(pieces, rows_of_state, length + 4 * TILE) >= 2**31:
+        raise bad_value(
+            "u", f"shape {tuple(u.shape)}", "fewer than 2^31 - 512 tokens a sequence and 2^31 blocks of work"
+        )
     variant = macros(
         dtypes=(u.dtype, delta.dtype, gate.dtype, B.dtype, C.dtype),
         states=states,
-        lanes=lanes,
+        block=block,
+        split=split,
         order=order,
         vectors=[_is_wide(order, u.shape, groups, *row) for row in rows],
         projections=[_projection(x, states) for x in (B, C)],
@@ -217,23 +294,22 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
         softplus=delta_softplus,
     )
 
-    def launch(name, blocks=pieces, threads=THREADS, shared=0, early=False):
+    def launch(name, shared, early=False):
         function = _cuda.function(SOURCE, name, device, variant)
         if shared > 48 << 10:
             function.allow_shared(shared)
-        return function, (blocks, 1, 1), threads, shared, early
+        return function, (pieces, 1, 1), block.threads, shared, early
 
-    without, with_outputs = (_shared_bytes(states, lanes, outputs) for outputs in (False, True))
-    if in_pairs:
-        launches = (launch("scan_both", threads=2 * THREADS, shared=RING * with_outputs),)
-    elif split:
+    without, with_outputs = (_shared_bytes(states, block, outputs) for outputs in (False, True))
+    if split:
+        carry = _cuda.function(CARRY, "scan_carry", device, (("N", states),))
         launches = (
-            launch("scan_states", shared=without),
-            launch("scan_carry", rows_of_state, CARRY_THREADS, early=True),
-            launch("scan_outputs", shared=with_outputs, early=True),
+            launch("scan_states", without),
+            (carry, (rows_of_state, 1, 1), CARRY_THREADS, 0, True),
+            launch("scan_outputs", with_outputs, early=True),
         )
     else:
-        launches = (launch("scan_both", shared=with_outputs),)
+        launches = (launch("scan_both", with_outputs),)
     numbers = [*u.stride(), *delta.stride(), *gate.stride(), *y_strides]
     numbers += [*_projection_strides(B), *_projection_strides(C), *A.stride()]
     numbers += [0 if x is None else x.stride(0) for x in (D, delta_bias)]
@@ -243,54 +319,53 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
     return Plan(launches, tiles * split, _NUMBERS.pack(*numbers), _cuda.source_version())
 
 
-# Blocks a multiprocessor, with one lane a share, with which one pass beats a split of 4096 tokens on an H200.
+# Blocks of 32 channels a multiprocessor with which one pass beats a split of 4096 tokens on an H200.
 ONE_PASS = ((0.95, 1), (1.35, math.inf))
 ONE_PASS_IN_PAIRS = {
-    "channel_major": ((0.44, 0.5), (0.73, 1), (1.17, math.inf)),
-    "token_major": ((0.46, 0.5), (0.78, 1), (1.27, math.inf)),
+    "channel_major": ((0.4, 0.5), (0.58, math.inf)),
+    "token_major": ((0.45, 0.5), (0.69, 1), (1.11, math.inf)),
 }
-MOST_IN_PAIRS = 1.5  # blocks a multiprocessor; beyond, one pass does better with one lane a share
 
 
-def _way(blocks, tiles, processors, chunk_size, layout, fits_pairs):
-    """Tiles a chunk, and whether one pass has two lanes a share; `blocks` are those with one lane a share.
+def _way(blocks, tiles, processors, chunk_size, layout, pairs):
+    """Tiles a chunk, and the blocks in pairs of one pass, if any; `blocks` are those of one lane a share.
 
     A split sequence has every exp computed twice and is three launches, so one pass wins where the sequence is short or
     the GPU is kept busy. It takes as long as its slowest multiprocessor, so a little more than one block for each pays
-    for two; two lanes a share make blocks of half the channels. A sequence that is split goes a tile a chunk, which
-    keeps the GPU even; beyond 64 blocks a multiprocessor, up to four.
+    for two; blocks in pairs are of the size that gives each at most one. A sequence that is split goes a tile a chunk,
+    which keeps the GPU even; beyond 64 blocks a multiprocessor, up to four.
     """
     busy = blocks / processors
-    intervals = ONE_PASS_IN_PAIRS[layout] if fits_pairs else ONE_PASS
+    intervals = ONE_PASS_IN_PAIRS[layout] if pairs else ONE_PASS
     if isinstance(chunk_size, torch.Tensor):
-        return tiles, False
+        return tiles, None
     if chunk_size is not None:
         chunk = min(chunk_size // TILE, tiles)
-    elif tiles <= (4 if fits_pairs else 2) or any(low <= busy <= high for low, high in intervals):
+    elif tiles <= (4 if pairs else 2) or any(low <= busy <= high for low, high in intervals):
         chunk = tiles
     else:
         chunk = min(max(1, blocks * tiles // (64 * processors)), 4, tiles)
-    return chunk, chunk == tiles and fits_pairs and busy <= MOST_IN_PAIRS
+    return chunk, pairs if chunk == tiles else None
 
 
 def _way_of(u, groups, states, chunk_size):
     batch, channels, length = u.shape
     gpu = torch.cuda.get_device_properties(u.device.index)
-    blocks, tiles = batch * groups * _blocks(channels // groups, lanes_a_channel(states)), -(-length // TILE)
-    fits_pairs = _fits_pairs(states, _order(u, groups), gpu)
-    layout = "token_major" if token_major(u) else "channel_major"
-    return _way(blocks, tiles, gpu.multi_processor_count, chunk_size, layout, fits_pairs)
+    tiles, per_group, layout = -(-length // TILE), channels // groups, _layout(u)
+    blocks = batch * groups * -(-per_group // _plain_block(states).channels)
+    # Pairs are written for 16 states, and warps that feed others must read whole vectors to keep up.
+    fit = states == 16 and _order(u, groups) in (TOKENS_A_THREAD, CHANNELS_A_THREAD)
+    pairs = _pairs(batch * groups, per_group, length, layout, gpu) if fit else None
+    return _way(blocks, tiles, gpu.multi_processor_count, chunk_size, layout, pairs)
 
 
-def _fits_pairs(states, order, gpu):
-    """Whether one pass may have two lanes a share.
-
-    They are written for 16 states, warps that feed others must read whole vectors to keep up, and a multiprocessor must
-    hold enough of their blocks.
-    """
-    if states != 16 or order not in (TOKENS_A_THREAD, CHANNELS_A_THREAD):
-        return False
-    return gpu.shared_memory_per_multiprocessor >= PAIR_BLOCKS * (RING * _shared_bytes(states, 8, True) + 1024)
+def _pairs(sequences, channels, length, layout, gpu):
+    """The smallest blocks in pairs of which a multiprocessor gets at most one, and can hold it, or None."""
+    for block in PAIRS[layout]:
+        few = sequences * -(-channels // block.channels) <= gpu.multi_processor_count
+        if few and block.tokens < 2 * length and _shared_bytes(16, block, True) <= gpu.shared_memory_per_block_optin:
+            return block
+    return None
 
 
 def _divisor(by):
@@ -304,27 +379,22 @@ def default_chunk(u):
     return TILE * _way_of(u, 1, 16, None)[0]
 
 
-def lanes_a_channel(states):
-    return 1 if states <= 4 else 2 if states <= 8 else 4 if states <= 16 else 8
-
-
-def _blocks(channels, lanes):
-    return -(-channels // (THREADS // lanes))
-
-
-def _shared_bytes(states, lanes, with_outputs):
-    """What a pass takes of shared memory: `Memory` in the kernel."""
-    shares = lanes_a_channel(states)
-    channels, tokens = THREADS // lanes, EACH * lanes
-    rows = -(-(channels * (tokens + 4) + channels // 8 * 16) // 32) * 32 + 16
+def _shared_bytes(states, block, with_outputs):
+    """What a pass takes of shared memory: `Constants` and `Memory` in the kernel."""
+    shares, channels, tokens = _lanes_a_channel(states), block.channels, block.tokens
+    rows = -(-(channels * (tokens + 4) + channels // 8 * (4 if channels > 16 else 8)) // 32) * 32 + 16
     projection = tokens * shares * max(4, -(-states // (4 * shares)) * 4) + 2 * tokens
-    floats = 2 * rows + projection + 2 * channels + (projection + shares * rows if with_outputs else 8)
-    nothing = tokens if lanes > shares else 4
-    return 4 * (floats + nothing)
+    constants = 2 * channels + (tokens if block.in_pairs else 4)
+    memory = 2 * rows + projection + (projection + shares * rows if with_outputs else 8)
+    return 4 * (constants + memory * (RING if block.in_pairs else 1))
 
 
 def token_major(x):
     return 0 < x.stride(1) < x.stride(2)
+
+
+def _layout(u):
+    return "token_major" if token_major(u) else "channel_major"
 
 
 def _order(u, groups):

@@ -1,6 +1,6 @@
-// One pass with two lanes a share, for shapes that would leave one warp a scheduler. Half of a block's warps only walk, in
-// rounds of T tokens; the others feed them: they stage what is two rounds ahead and finish what is two rounds behind. Rounds
-// lie in a ring of three in shared memory, so that a walk reads into the next round and never stops between two.
+// One pass with two lanes a share, where that makes at most one block a multiprocessor. The first WALKERS warps of a block
+// only walk, in rounds of T tokens; the others feed them: they stage what is two rounds ahead and finish what is two rounds
+// behind. Rounds lie in a ring of three in shared memory, so that a walk reads into the next round and never stops between.
 //
 // A share's second lane walks 4 tokens behind the first one and goes on from what that left among the shares: the chain of
 // `Lane::walk`, so the bits are the same.
@@ -29,7 +29,6 @@ struct Pair : Lane<true, true> {
   }
 
   __device__ __forceinline__ void walk_round(int t0, const Memory<true>* next) {
-    const int tokens = min(T, (w.end - t0 - 1) / (EACH * SHARES) * (EACH * SHARES) + EACH * SHARES);  // as far as `Lane` walks
     const float* mine_of_steps = memory->step + row_of(mine) + 4 * share;
     if (place == 0) write_to(memory);
     if (place == 0 || t0 > w.first) step();
@@ -37,17 +36,17 @@ struct Pair : Lane<true, true> {
       if (t0 > w.first && ends_tile(t0 - T)) end_tile(t0 - T);
       write_to(memory);
     }
-    add_group(mine_of_steps);
+    add_groups(mine_of_steps, 0);
     __syncwarp();
     leave_round();
 #pragma unroll
     for (int i = 1; i < 4; ++i) {
-      add_group(mine_of_steps + 4 * SHARES * i);
+      add_groups(mine_of_steps, i);
       step();
       __syncwarp();
     }
-#pragma unroll 1
-    for (int t = 32; t < tokens; t += 16) {
+#pragma unroll 2
+    for (int t = 32; t < T; t += 16) {  // all but 16 tokens at either end
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         step();
@@ -78,10 +77,15 @@ struct Pair : Lane<true, true> {
   }
   __device__ __forceinline__ void write_to(Memory<true>* memory) {
     shares = memory->y + share * ROWS + row_of(mine);
-    before = place == 0 ? memory->nothing : shares;
+    before = place == 0 ? constants()->nothing : shares;
     Cs = memory->C + quad(0, sub);
   }
 
+  __device__ __forceinline__ void add_groups(const float* steps, int quarter) {  // of a round
+#pragma unroll
+    for (int t = 0; t < T; t += 4 * SHARES)
+      if (4 * t / T == quarter) add_group(steps + t);
+  }
   __device__ __forceinline__ void step() {  // 4 tokens, while the exps of the next 4 and the reads of those after are on their way
     const Four next = find_four();
     raw = load_four();
@@ -219,18 +223,9 @@ __device__ __forceinline__ void feed_pairs(const Params& p, const Place& w, Memo
 }
 
 __device__ __forceinline__ void pass_in_pairs(const Params& p) {
-  extern __shared__ __align__(16) float shared[];
-  Memory<true>* ring = (Memory<true>*)shared;
   const Place w = locate(p);
   if (!w.any) return;
-#pragma unroll
-  for (int place = 0; place < RING; ++place) {
-    if (const int c = threadIdx.x; c < CHANNELS) {
-      ring[place].bias[c] = HAS_BIAS && c < w.channels ? p.bias[(w.channel + c) * p.bias_channel] : 0.f;
-      ring[place].D[c] = HAS_D && c < w.channels ? p.D[(w.channel + c) * p.D_channel] : 0.f;
-    }
-    if (threadIdx.x < T) ring[place].nothing[threadIdx.x] = -0.f;
-  }
-  if (threadIdx.x < THREADS) walk_in_pairs(p, w, ring);
-  else feed_pairs(p, w, ring);
+  fill_constants(p, w);
+  if (threadIdx.x < THREADS) walk_in_pairs(p, w, memory_of_block<true>());
+  else feed_pairs(p, w, memory_of_block<true>());
 }

@@ -5,7 +5,7 @@
 // in shared memory (elementwise, by all threads), then walks them, then gates and stores y.
 //
 // <C_t, h_t> is the sum of shares, each a chain over the states of one lane. Where that makes too few blocks, one pass has
-// two lanes a share, so half the channels a block, with the same bits: see scan_in_pairs.cuh.
+// two lanes a share, with the same bits: see scan_in_pairs.cuh.
 //
 // The tile of 128 tokens is the unit of arithmetic. Over a tile a lane computes the local state s, from zero, and the sum
 // of the steps; the carry is H' = exp(A sum) H + s, one fused multiply-add, and h starts each tile from H. A chunk is a
@@ -13,57 +13,49 @@
 // chunks run in parallel: `scan_states` finds s and the sum of every tile, `scan_carry` links the tiles, and
 // `scan_outputs` walks again from the true states. Every tile does the same arithmetic in both, so the chunk size, and
 // whether a sequence is split at all, never changes a bit. It changes the time: splitting computes every exp twice.
-#include "common.cuh"
+#include "scan_params.cuh"
 
-constexpr int TILE = 128;
-constexpr int WARPS = 4, THREADS = WARPS * 32;                                  // that walk
-constexpr int SHARES = N <= 4 ? 1 : N <= 8 ? 2 : N <= 16 ? 4 : 8;              // of <C, h>, each a chain over its states
-constexpr int CHAIN = ((N + SHARES - 1) / SHARES + 3) / 4 * 4;                 // states of a share, padded
-constexpr int SHARERS = LANES / SHARES, STATES = CHAIN / SHARERS;              // lanes a share; states of a lane
-constexpr int ROW = SHARES * CHAIN, QUADS = ROW / 4;                           // states of a channel, padded; in fours
-static_assert(SHARERS == 1 || SHARERS == 2 && N == 2 * LANES);
-constexpr bool IN_PAIRS = SHARERS == 2;                                        // as many warps again do what is element by element
-constexpr int BLOCK = IN_PAIRS ? 2 * THREADS : THREADS;
-constexpr int ABREAST = 32 / LANES, CHANNELS = WARPS * ABREAST;                // channels side by side in a warp; a block
-constexpr int EACH = 8, T = EACH * LANES;                                      // elements a thread, tokens at a time
-constexpr int BLOCKS = IN_PAIRS || N > 16 && N <= 64 ? 2 : N > 64 ? 1 : sizeof(T_U) > 2 ? 3 : 4;  // a multiprocessor
+constexpr int THREADS = WALKERS * 32;                              // those of a block that walk
+constexpr int SHARES = N <= 4 ? 1 : N <= 8 ? 2 : N <= 16 ? 4 : 8;  // of <C, h>, each a chain over its states
+constexpr int CHAIN = ((N + SHARES - 1) / SHARES + 3) / 4 * 4;     // states of a share, padded
+constexpr int SHARERS = LANES / SHARES, STATES = CHAIN / SHARERS;  // lanes a share; states of a lane
+constexpr int ROW = SHARES * CHAIN, QUADS = ROW / 4;               // states of a channel, padded; in fours
+constexpr bool IN_PAIRS = SHARERS == 2;
+static_assert(SHARERS == 1 || IN_PAIRS && N == 2 * LANES);
+constexpr int ABREAST = 32 / LANES, CHANNELS = WALKERS * ABREAST;  // channels side by side in a warp; a block
+constexpr int T = TOKENS, EACH = 8;                                // tokens at a time; elements a thread
+constexpr int FEEDERS = CHANNELS * T / EACH;                       // threads that do what is element by element:
+constexpr int BLOCK = IN_PAIRS ? THREADS + FEEDERS : THREADS;      // in pairs others than those that walk
+static_assert(IN_PAIRS || FEEDERS == THREADS);
+constexpr int BLOCKS = IN_PAIRS ? 1 : N <= 16 ? sizeof(T_U) > 2 ? 3 : 4 : N <= 64 ? 2 : 1;  // a multiprocessor
 
 // Rows of channels in shared memory, padded so that lanes hit different banks, also where neighbours write to two shares.
-constexpr int ROWS = (CHANNELS * (T + 4) + CHANNELS / 8 * 16 + 31) / 32 * 32 + 16;
-__device__ __forceinline__ int row_of(int c) { return c * (T + 4) + c / 8 * 16; }
+constexpr int PAD = CHANNELS > 16 ? 4 : 8;  // behind 8 channels
+constexpr int ROWS = (CHANNELS * (T + 4) + CHANNELS / 8 * PAD + 31) / 32 * 32 + 16;
+__device__ __forceinline__ int row_of(int c) { return c * (T + 4) + c / 8 * PAD; }
 
 constexpr int PROJECTION = T * ROW + T / 2 * 4;  // of B or C
 
 template <bool FIND_Y> struct Memory {
   float B[PROJECTION], C[FIND_Y ? PROJECTION : 4];
   float step[ROWS], in[ROWS];  // [channel][token]; the walks know that `in` follows `step`, and C follows B
-  float bias[CHANNELS], D[CHANNELS];
-  float nothing[IN_PAIRS ? T : 4];  // -0, as x + -0 is x: what comes before a share's first lane
   float y[FIND_Y ? SHARES * ROWS : 4];  // shares of <C, h> [share][channel][token]
 };
 
-// How the elements of a (CHANNELS, T) piece of u, delta, z and y lie among the threads: 8 neighbouring tokens or channels
-// a thread, or neighbouring threads on neighbouring tokens or channels.
-enum { TOKENS_A_THREAD, CHANNELS_A_THREAD, THREADS_ON_TOKENS, THREADS_ON_CHANNELS };
-enum { VECTORS_OF_TOKENS, VECTORS_OF_STATES, STRIDED, CONSTANT };             // B and C; CONSTANT: (D, N)
-
-struct Strides { int64 batch, channel, token; };          // of u, delta, z, y, in elements
-struct Projection { int64 batch, group, state, token; };  // of B, C; where constant, `token` is the stride of the channel
-
-struct Divisor { unsigned by, magic, shift; };             // n / by without a division, for n < 2^31
-__device__ __forceinline__ unsigned operator/(unsigned n, const Divisor& d) { return (__umulhi(n, d.magic) + n) >> d.shift; }
-
-struct Params {
-  const T_U* u; const T_DELTA* delta; const T_Z* z; T_U* y; const T_B* B; const T_C* C;
-  const float *A, *D, *bias, *initial; float* last;
-  float* tiles;                // (tile, batch, channel, N): s of each tile, then the state before it
-  float* sums;                 // (tile, batch, channel)
-  const int* device_chunk;
-  Strides su, sdelta, sz, sy; Projection sB, sC;
-  int64 A_channel, A_state, D_channel, bias_channel, initial_batch, initial_channel, initial_state;
-  Divisor blocks, groups, batch;  // blocks of channels a group
-  int channels, group_channels, length, chunk;
+struct Constants {
+  float bias[CHANNELS], D[CHANNELS];
+  float nothing[IN_PAIRS ? T : 4];  // -0, as x + -0 is x: what comes before a share's first lane
 };
+
+extern __shared__ __align__(16) float shared[];  // Constants, then Memory
+__device__ __forceinline__ Constants* constants() { return (Constants*)shared; }
+template <bool FIND_Y> __device__ __forceinline__ Memory<FIND_Y>* memory_of_block() { return (Memory<FIND_Y>*)(constants() + 1); }
+
+// How the elements of a (CHANNELS, T) piece of u, delta, z and y lie among the threads: 8 neighbouring tokens a thread, two
+// runs of 4 neighbouring channels, or neighbouring threads on neighbouring tokens or channels.
+enum { TOKENS_A_THREAD, CHANNELS_A_THREAD, THREADS_ON_TOKENS, THREADS_ON_CHANNELS };
+constexpr int RUNS = MAP == CHANNELS_A_THREAD ? 2 : 1, RUN = EACH / RUNS;  // at neighbouring tokens
+enum { VECTORS_OF_TOKENS, VECTORS_OF_STATES, STRIDED, CONSTANT };             // B and C; CONSTANT: (D, N)
 
 struct Place { int b, g, channel, channels, first, end; bool any; };  // first channel, how many; tokens
 
@@ -91,16 +83,16 @@ __device__ __forceinline__ Place locate(const Params& p) {
 
 // ---- elements of u, delta, z, y --------------------------------------------------------------------------------------
 
-// The thread's number among those that do what is element by element: all of a block, or the second half.
+// The thread's number among those that do what is element by element.
 __device__ __forceinline__ int feeder() { return IN_PAIRS ? int(threadIdx.x) - THREADS : threadIdx.x; }
 
 __device__ __forceinline__ void element(int e, int& c, int& t) {
-  const int i = feeder(), k = e * THREADS + i;
+  const int i = feeder(), k = e * FEEDERS + i;
   if (MAP == TOKENS_A_THREAD) {  // 8 threads are on two rows, 4 a row: that is how they hit different banks
-    c = IN_PAIRS ? i / 32 * 4 + i / 16 % 2 * 2 + i / 4 % 2 : i / (T / EACH);
-    t = (IN_PAIRS ? i / 8 % 2 * 4 + i % 4 : i % (T / EACH)) * EACH + e;
+    c = IN_PAIRS ? i / (T / 4) * 2 + i / 4 % 2 : i / (T / EACH);
+    t = (IN_PAIRS ? i / 8 % (T / 32) * 4 + i % 4 : i % (T / EACH)) * EACH + e;
   }
-  else if (MAP == CHANNELS_A_THREAD) { t = i / 2 % T; c = (i % 2 + i / (2 * T) * 2) * EACH + e; }  // 32 bytes a token
+  else if (MAP == CHANNELS_A_THREAD) { c = i % (CHANNELS / RUN) * RUN + e % RUN; t = i / (CHANNELS / RUN) * RUNS + e / RUN; }
   else if (MAP == THREADS_ON_TOKENS) { c = k / T; t = k % T; }
   else { c = k % CHANNELS; t = k / CHANNELS; }
 }
@@ -158,11 +150,15 @@ template <class X, bool VECTOR> struct Walker {
     at = x + w.b * st.batch + (w.channel + c) * st.channel + (w.first + t) * st.token;
   }
   __device__ __forceinline__ void advance(const Strides& st) { at += T * st.token; }
-  static __device__ __forceinline__ int64 step(const Strides& st) {  // from one element to the next
+  __device__ __forceinline__ void prefetch_later(const Strides& st) const {  // what is loaded two pieces later
+#pragma unroll
+    for (int run = 0; run < RUNS; ++run) prefetch(at + (2 * T + run) * st.token);
+  }
+  static __device__ __forceinline__ int64 step(const Strides& st, int e) {  // from element e to the next
     int c0, t0, c, t;
-    element(0, c0, t0);
-    element(1, c, t);
-    return VECTOR ? 1 : (c - c0) * st.channel + (t - t0) * st.token;
+    element(e, c0, t0);
+    element(e + 1, c, t);
+    return VECTOR && (e + 1) % RUN ? 1 : (c - c0) * st.channel + (t - t0) * st.token;
   }
 };
 
@@ -175,12 +171,19 @@ __device__ __forceinline__ bool whole(int t0, const Place& w) { return there(0, 
 
 // ALL: every element of the block is there.
 template <bool ALL, class X, bool VECTOR> __device__ __forceinline__ void load(Elements<X, EACH>& to, Walker<const X, VECTOR>& x, const Strides& st, int t0, const Place& w) {
-  if (VECTOR && (ALL || whole(t0, w))) to.load(x.at);
-  else {
+  if (VECTOR && (ALL || whole(t0, w))) {
+#pragma unroll
+    for (int run = 0; run < RUNS; ++run) {
+      Elements<X, RUN> part;
+      part.load(x.at + run * st.token);
+#pragma unroll
+      for (int i = 0; i < part.BYTES / 4; ++i) to.words[run * part.BYTES / 4 + i] = part.words[i];
+    }
+  } else {
     alignas(16) X elements[EACH];
     const X* from = x.at;
 #pragma unroll
-    for (int e = 0; e < EACH; ++e, from += x.step(st)) elements[e] = ALL || there(e, t0, w) ? *from : from_float<X>(0.f);
+    for (int e = 0; e < EACH; from += x.step(st, e++)) elements[e] = ALL || there(e, t0, w) ? *from : from_float<X>(0.f);
     to.gather(elements);
   }
   x.advance(st);
@@ -188,13 +191,16 @@ template <bool ALL, class X, bool VECTOR> __device__ __forceinline__ void load(E
 
 template <bool ALL> __device__ __forceinline__ void store(Walker<T_U, VECTOR_Y>& y, const float (&out)[EACH], const Strides& st, int t0, const Place& w) {
   if (VECTOR_Y && (ALL || whole(t0, w))) {
-    Elements<T_U, EACH> packed;
-    packed.pack(out);
-    packed.store(y.at);
+#pragma unroll
+    for (int run = 0; run < RUNS; ++run) {
+      Elements<T_U, RUN> packed;
+      packed.pack((const float(&)[RUN])out[run * RUN]);
+      packed.store(y.at + run * st.token);
+    }
   } else {
     T_U* to = y.at;
 #pragma unroll
-    for (int e = 0; e < EACH; ++e, to += y.step(st)) if (ALL || there(e, t0, w)) *to = from_float<T_U>(out[e]);
+    for (int e = 0; e < EACH; to += y.step(st, e++)) if (ALL || there(e, t0, w)) *to = from_float<T_U>(out[e]);
   }
   y.advance(st);
 }
@@ -210,7 +216,7 @@ template <class X, int LAYOUT> struct Projected {
   static constexpr int VECTORS = OF_STATES ? 1 : 4, LONG = 8 / VECTORS;  // of a piece: two quads
   static constexpr int ALONG = OF_STATES ? (N + LONG - 1) / LONG : T / LONG;     // pieces along its vectors
   static constexpr int PIECES = OF_STATES ? ALONG * T : ALONG * ((N + 3) / 4);
-  static constexpr int SHARE = THREADS / 2, EACH_THREAD = LAYOUT == CONSTANT ? 0 : (PIECES + SHARE - 1) / SHARE;
+  static constexpr int SHARE = FEEDERS / 2, EACH_THREAD = LAYOUT == CONSTANT ? 0 : (PIECES + SHARE - 1) / SHARE;
   static constexpr bool AHEAD = EACH_THREAD > 0 && EACH_THREAD <= 2;  // loaded a round ahead, into registers
   using Piece = Elements<X, LONG>[VECTORS];
   struct Pieces { Piece at[AHEAD ? EACH_THREAD : 1]; };
@@ -292,14 +298,6 @@ template <class X, int LAYOUT> struct Projected {
   }
 };
 
-// An infinite rate must not meet a step of zero.
-__device__ __forceinline__ float finite(float A) { return fminf(fmaxf(A, -3.4e38f), 3.4e38f); }
-
-// The state after a tile, whose factor is exp(A sum). A growing state (A > 0) may have an infinite one, which must not
-// meet a zero state.
-__device__ __forceinline__ float factor_of(float A, float sum) { return ex2(__fmul_rn(A, sum)); }
-__device__ __forceinline__ float carry(float factor, float H, float s) { return H == 0.f ? s : fmaf(factor, H, s); }
-
 // ---- the passes ------------------------------------------------------------------------------------------------------
 
 // A thread's inputs for T tokens, on their way from memory while it walks the tokens before.
@@ -326,14 +324,14 @@ template <bool FIND_Y> struct Elementwise {
 
   __device__ __forceinline__ Elementwise(const Params& p, const Place& w, Memory<FIND_Y>* memory)
       : p(p), w(w), memory(memory), u(p.u, p.su, w), u_again(u), delta(p.delta, p.sdelta, w), z(p.z, p.sz, w), y(p.y, p.sy, w),
-        stages_B(feeder() < THREADS / 2),
-        B(p.B + w.b * p.sB.batch + w.g * p.sB.group, p.sB, feeder() % (THREADS / 2), w.first),
-        C(p.C + w.b * p.sC.batch + w.g * p.sC.group, p.sC, feeder() % (THREADS / 2), w.first) {}
+        stages_B(feeder() < FEEDERS / 2),
+        B(p.B + w.b * p.sB.batch + w.g * p.sB.group, p.sB, feeder() % (FEEDERS / 2), w.first),
+        C(p.C + w.b * p.sC.batch + w.g * p.sC.group, p.sC, feeder() % (FEEDERS / 2), w.first) {}
 
   template <bool ALL> __device__ __forceinline__ void fetch(Inputs& to, int t0) {
     if (IN_PAIRS && ALL && t0 + 3 * T <= w.end) {
-      prefetch(u.at + 2 * T * p.su.token);
-      prefetch(delta.at + 2 * T * p.sdelta.token);
+      u.prefetch_later(p.su);
+      delta.prefetch_later(p.sdelta);
     }
     load<ALL>(to.u, u, p.su, t0, w);
     load<ALL>(to.delta, delta, p.sdelta, t0, w);
@@ -343,9 +341,47 @@ template <bool FIND_Y> struct Elementwise {
   }
 
   template <bool ALL> __device__ __forceinline__ void fetch_gate(Inputs& to, int t0) {  // for a `finish` long after `fetch`
-    if (ALL && HAS_Z && t0 + 3 * T <= w.end) prefetch(z.at + 2 * T * p.sz.token);
+    if (ALL && HAS_Z && t0 + 3 * T <= w.end) z.prefetch_later(p.sz);
     load<ALL>(to.u, u_again, p.su, t0, w);
     if (HAS_Z) load<ALL>(to.z, z, p.sz, t0, w);
+  }
+
+  // This thread's elements of rows in shared memory, to and fro.
+  static __device__ __forceinline__ void put_rows(float* rows, const float (&from)[EACH]) {
+    int c, t;
+    element(0, c, t);
+    if (MAP == TOKENS_A_THREAD)
+#pragma unroll
+      for (int e = 0; e < EACH; e += 4) *(float4*)(rows + row_of(c) + t + e) = make_float4(from[e], from[e + 1], from[e + 2], from[e + 3]);
+    else if (MAP == CHANNELS_A_THREAD)
+#pragma unroll
+      for (int e = 0; e < RUN; ++e) *(float2*)(rows + row_of(c + e) + t) = make_float2(from[e], from[RUN + e]);
+    else
+#pragma unroll
+      for (int e = 0; e < EACH; ++e) {
+        element(e, c, t);
+        rows[row_of(c) + t] = from[e];
+      }
+  }
+  static __device__ __forceinline__ void get_rows(float (&to)[EACH], const float* rows) {
+    int c, t;
+    element(0, c, t);
+    if (MAP == TOKENS_A_THREAD)
+#pragma unroll
+      for (int e = 0; e < EACH; e += 4) *(float4*)(to + e) = *(const float4*)(rows + row_of(c) + t + e);
+    else if (MAP == CHANNELS_A_THREAD)
+#pragma unroll
+      for (int e = 0; e < RUN; ++e) {
+        const float2 two = *(const float2*)(rows + row_of(c + e) + t);
+        to[e] = two.x;
+        to[RUN + e] = two.y;
+      }
+    else
+#pragma unroll
+      for (int e = 0; e < EACH; ++e) {
+        element(e, c, t);
+        to[e] = rows[row_of(c) + t];
+      }
   }
 
   template <bool ALL> __device__ __forceinline__ void stage(const Inputs& from, int t0) {  // steps and inputs, B and C
@@ -356,26 +392,13 @@ template <bool FIND_Y> struct Elementwise {
 #pragma unroll
     for (int e = 0; e < EACH; ++e) {
       element(e, c, t);
-      if (HAS_BIAS) step[e] = __fadd_rn(step[e], memory->bias[c]);
+      if (HAS_BIAS) step[e] = __fadd_rn(step[e], constants()->bias[c]);
       if (SOFTPLUS) step[e] = softplus(step[e]);
       if (!ALL && t0 + t >= w.end) step[e] = 0.f;  // beyond the end nothing decays and nothing enters
       in[e] = __fmul_rn(step[e], in[e]);
     }
-    element(0, c, t);
-    if (MAP == TOKENS_A_THREAD) {
-#pragma unroll
-      for (int e = 0; e < EACH; e += 4) {
-        *(float4*)(memory->step + row_of(c) + t + e) = make_float4(step[e], step[e + 1], step[e + 2], step[e + 3]);
-        *(float4*)(memory->in + row_of(c) + t + e) = make_float4(in[e], in[e + 1], in[e + 2], in[e + 3]);
-      }
-    } else {
-#pragma unroll
-      for (int e = 0; e < EACH; ++e) {
-        element(e, c, t);
-        memory->step[row_of(c) + t] = step[e];
-        memory->in[row_of(c) + t] = in[e];
-      }
-    }
+    put_rows(memory->step, step);
+    put_rows(memory->in, in);
     if (stages_B) B.put(memory->B, from.B, p.sB, t0, w.end);
     else if (FIND_Y) C.put(memory->C, from.C, p.sC, t0, w.end);
   }
@@ -386,13 +409,7 @@ template <bool FIND_Y> struct Elementwise {
 #pragma unroll
     for (int l = 0; l < SHARES; ++l) {
       alignas(16) float share[EACH];
-      const float* shares = memory->y + l * ROWS;
-      element(0, c, t);
-#pragma unroll
-      for (int e = 0; e < EACH; e += MAP == TOKENS_A_THREAD ? 4 : 1) {
-        if (MAP == TOKENS_A_THREAD) *(float4*)(share + e) = *(const float4*)(shares + row_of(c) + t + e);
-        else { element(e, c, t); share[e] = shares[row_of(c) + t]; }
-      }
+      get_rows(share, memory->y + l * ROWS);
 #pragma unroll
       for (int e = 0; e < EACH; ++e) out[e] = l ? __fadd_rn(out[e], share[e]) : share[e];
     }
@@ -401,7 +418,7 @@ template <bool FIND_Y> struct Elementwise {
 #pragma unroll
     for (int e = 0; e < EACH; ++e) {
       element(e, c, t);
-      if (HAS_D) out[e] = fmaf(memory->D[c], skip[e], out[e]);
+      if (HAS_D) out[e] = fmaf(constants()->D[c], skip[e], out[e]);
       if (HAS_Z) out[e] = __fmul_rn(out[e], __fmul_rn(gate[e], sigmoid(gate[e])));
     }
     store<ALL>(y, out, p.sy, t0, w);
@@ -509,9 +526,16 @@ template <bool FIND_S, bool FIND_Y> struct Lane {
   }
 };
 
+__device__ __forceinline__ void fill_constants(const Params& p, const Place& w) {
+  if (const int c = threadIdx.x; c < CHANNELS) {
+    constants()->bias[c] = HAS_BIAS && c < w.channels ? p.bias[(w.channel + c) * p.bias_channel] : 0.f;
+    constants()->D[c] = HAS_D && c < w.channels ? p.D[(w.channel + c) * p.D_channel] : 0.f;
+  }
+  if (IN_PAIRS && threadIdx.x < T) constants()->nothing[threadIdx.x] = -0.f;
+}
+
 template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const Params& p) {
-  extern __shared__ __align__(16) float shared[];
-  Memory<FIND_Y>* memory = (Memory<FIND_Y>*)shared;
+  Memory<FIND_Y>* memory = memory_of_block<FIND_Y>();
   const Place w = locate(p);
   if (!w.any) return;
   if (!FIND_Y) let_next_kernel_begin();
@@ -525,10 +549,7 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
   Inputs now;
   fetch(now, w.first);
   Lane<FIND_S, FIND_Y> lane(p, w, memory);
-  if (const int c = threadIdx.x; c < CHANNELS) {
-    memory->bias[c] = HAS_BIAS && c < w.channels ? p.bias[(w.channel + c) * p.bias_channel] : 0.f;
-    memory->D[c] = HAS_D && c < w.channels ? p.D[(w.channel + c) * p.D_channel] : 0.f;
-  }
+  fill_constants(p, w);
   if (ROW > N)  // padded states read what nobody writes: it must be finite
     for (int i = threadIdx.x; i < PROJECTION; i += THREADS) {
       memory->B[i] = 0.f;
@@ -559,58 +580,14 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
 
 #include "scan_in_pairs.cuh"
 
+#if SPLIT
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS + (MAP == TOKENS_A_THREAD ? 2 : 1)) void scan_states(const __grid_constant__ Params p) {
+  pass<true, false>(p);
+}
+extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void scan_outputs(const __grid_constant__ Params p) { pass<false, true>(p); }
+#else
 extern "C" __global__ __launch_bounds__(BLOCK, BLOCKS) void scan_both(const __grid_constant__ Params p) {
   if constexpr (IN_PAIRS) pass_in_pairs(p);
   else pass<true, true>(p);
 }
-extern "C" __global__ __launch_bounds__(THREADS, BLOCKS + (MAP == TOKENS_A_THREAD ? 2 : 1)) void scan_states(const __grid_constant__ Params p) {
-  if constexpr (!IN_PAIRS) pass<true, false>(p);
-}
-extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void scan_outputs(const __grid_constant__ Params p) {
-  if constexpr (!IN_PAIRS) pass<false, true>(p);
-}
-
-// One (batch row, channel, state): s of every tile becomes the state before it.
-struct Chain {
-  static constexpr int AHEAD = 32;  // tiles that are loaded at a time
-  struct Tiles { float s[AHEAD], sum[AHEAD]; };
-  const Params& p;
-  const int64 i, rows, row;
-  const int tiles;
-  float A, H;
-
-  __device__ __forceinline__ void load(Tiles& to, int first) const {
-    if (first >= tiles) return;
-#pragma unroll
-    for (int j = 0; j < AHEAD; ++j)
-      if (first + j < tiles) { to.s[j] = p.tiles[(first + j) * rows * N + i]; to.sum[j] = p.sums[(first + j) * rows + row]; }
-  }
-  __device__ __forceinline__ void link(const Tiles& of, int first) {
-#pragma unroll
-    for (int j = 0; j < AHEAD; ++j)
-      if (first + j < tiles) {
-        p.tiles[(first + j) * rows * N + i] = H;
-        H = carry(factor_of(A, of.sum[j]), H, of.s[j]);
-      }
-  }
-};
-
-extern "C" __global__ void scan_carry(const __grid_constant__ Params p) {
-  const int64 rows = (int64)p.batch.by * p.channels, i = (int64)blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= rows * N) return;
-  const int64 row = i / N, b = row / p.channels, channel = row % p.channels;
-  const int n = i % N;
-  const float A = finite(__fmul_rn(p.A[channel * p.A_channel + n * p.A_state], LOG2E));
-  const float H = p.initial ? p.initial[b * p.initial_batch + channel * p.initial_channel + n * p.initial_state] : 0.f;
-  Chain chain{p, i, rows, row, (p.length - 1) / TILE + 1, A, H};
-  wait_for_earlier_kernels();
-  Chain::Tiles now, next;
-  chain.load(now, 0);
-  for (int first = 0; first < chain.tiles; first += 2 * Chain::AHEAD) {  // what is linked next is on its way meanwhile
-    chain.load(next, first + Chain::AHEAD);
-    chain.link(now, first);
-    chain.load(now, first + 2 * Chain::AHEAD);
-    chain.link(next, first + Chain::AHEAD);
-  }
-  p.last[i] = chain.H;
-}
+#endif

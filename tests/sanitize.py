@@ -46,11 +46,11 @@ def scan():
         ((1, 8, 1, 16), "token_major", f32, "variable", "variable", ("z", "D"), (None,)),
         ((3, 130, 640, 16), "token_major", bf16, "variable", "variable", ("z", "D"), (128, 256)),
     ]
-    most = _scan_cuda.MOST_IN_PAIRS
+    find_pairs = _scan_cuda._pairs
     for shape, layout, dtype, B, C, options, chunks in cases:
         inputs = gpu_inputs(*shape, layout=layout, dtype=dtype, B_kind=B, C_kind=C, groups=1, options=options)
-        for most_in_pairs in (most, 0):  # one pass with two lanes a share, and with one
-            _scan_cuda.MOST_IN_PAIRS = most_in_pairs
+        for pairs in (find_pairs, lambda *_: None):  # one pass with two lanes a share, and with one
+            _scan_cuda._pairs = pairs
             _scan_cuda._plans.clear()
             for chunk in chunks:
                 finite(*run(inputs, chunk_size=device_chunk(256) if chunk == "device" else chunk))

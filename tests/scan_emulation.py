@@ -14,7 +14,6 @@ from corey.paths import KERNELS
 from corey.scan import _outputs
 
 TENSORS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
-KERNELS_OF_SCAN = ("scan_both", "scan_states", "scan_carry", "scan_outputs")
 HERE = Path(__file__).parent
 
 
@@ -22,36 +21,37 @@ class Emulation:
     """Stands in for `corey._cuda` in `corey._scan_cuda`: real plans, parameters and source, run by cuda_on_cpu.h."""
 
     def __init__(self, folder: Path, change):
-        self.folder, self.change, self.built = folder, change, {}
+        self.folder, self.built = folder, {}
+        self.sources = {path.name: path.read_text() for path in KERNELS.glob("*scan*")}
+        if change:
+            change(self.sources)
+        common = (KERNELS / "common.cuh").read_text()
+        for instruction, emulated in _INSTRUCTIONS.items():
+            common, found = re.subn(rf'asm( volatile)?\("{instruction}.*\);', emulated, common)
+            assert found == 1, instruction
+        self.sources["common.cuh"] = common
 
     def function(self, source, name, device, macros):
-        return _Function(self._library(source, macros), KERNELS_OF_SCAN.index(name))
+        return _Function(self._library(source, name, macros))
 
     def launch(self, function, grid, threads, shared_bytes, params, *, early):
-        function.library.run(function.which, bytes(params), grid[0], threads, shared_bytes)
+        function.library.run(bytes(params), grid[0], threads, shared_bytes)
 
     def source_version(self):
         return 0
 
-    def _library(self, source, macros):
-        if macros not in self.built:
+    def _library(self, source, name, macros):
+        if (name, macros) not in self.built:
             folder = self.folder / str(len(self.built))
             folder.mkdir()
-            pairs = (KERNELS / "scan_in_pairs.cuh").read_text()
-            text = (KERNELS / source).read_text().replace('#include "scan_in_pairs.cuh"\n', pairs)
-            text = text.replace("extern __shared__ __align__(16) float shared[];", _MEMORY)
-            (folder / "kernel.cu").write_text(self.change(text) if self.change else text)
-            header = (KERNELS / "common.cuh").read_text()
-            for instruction, emulated in _INSTRUCTIONS.items():
-                header, found = re.subn(rf'asm( volatile)?\("{instruction}.*\);', emulated, header)
-                assert found == 1, instruction
-            (folder / "common.cuh").write_text(header)
+            for file, text in self.sources.items():
+                text = text.replace(
+                    "extern __shared__ __align__(16) float shared[];", "#define shared ((float*)shared_memory)"
+                )
+                (folder / file).write_text(text)
             for empty in ("cuda_bf16.h", "cuda_fp16.h"):
                 (folder / empty).write_text("")
-            cases = "".join(
-                f"case {i}: return run_grid({k}, p, grid, threads, shared);" for i, k in enumerate(KERNELS_OF_SCAN)
-            )
-            (folder / "run.cpp").write_text(_RUN % cases)
+            (folder / "run.cpp").write_text(_RUN.format(source=source, kernel=name))
             flags = [
                 "-std=c++17",
                 "-O1",
@@ -74,8 +74,8 @@ class Emulation:
                 str(folder / "run.cpp"),
             ]
             subprocess.run(command, check=True)
-            self.built[macros] = ctypes.CDLL(str(folder / "run.so"))
-        return self.built[macros]
+            self.built[name, macros] = ctypes.CDLL(str(folder / "run.so"))
+        return self.built[name, macros]
 
 
 _INSTRUCTIONS = {  # in PTX, and in their place
@@ -85,20 +85,19 @@ _INSTRUCTIONS = {  # in PTX, and in their place
     "barrier.arrive": "barriers[barrier].arrive(threads);",
     "prefetch": "",
 }
-_MEMORY = "float* shared = (float*)shared_memory;"
 _RUN = """#include "cuda_on_cpu.h"
-#include "kernel.cu"
-extern "C" void run(int which, const void* params, unsigned grid, unsigned threads, unsigned shared) {
+#include "{source}"
+extern "C" void run(const void* params, unsigned grid, unsigned threads, unsigned nbytes) {{
   Params p;
   memcpy(&p, params, sizeof p);
-  switch (which) { %s }
-}
+  run_grid({kernel}, p, grid, threads, nbytes);
+}}
 """
 
 
 class _Function:
-    def __init__(self, library, which):
-        self.library, self.which = library, which
+    def __init__(self, library):
+        self.library = library
 
     def allow_shared(self, nbytes):
         pass
@@ -106,7 +105,7 @@ class _Function:
 
 class _Properties:
     multi_processor_count = 1  # one pass as soon as there are two blocks
-    shared_memory_per_multiprocessor = 0
+    shared_memory_per_block_optin = 0  # no pairs
 
 
 @pytest.fixture

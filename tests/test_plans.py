@@ -352,19 +352,54 @@ def test_a_call_that_would_be_found_again_is_refused_for_an_equal_option(change,
         selective_scan(**inputs | {"chunk_size": 128} | change)
 
 
+PAIRS = _scan_cuda.PAIRS["channel_major"][0]
+
+
 @pytest.mark.parametrize(
-    "blocks, tiles, chunk_size, layout, fits_pairs, way",
+    "blocks, tiles, chunk_size, layout, pairs, way",
     [
-        (64, 32, None, "channel_major", True, (32, True)),
-        (64, 32, None, "channel_major", False, (1, False)),  # split
-        (64, 2, None, "token_major", False, (2, False)),  # too short to be split
-        (160, 32, None, "channel_major", True, (32, True)),
-        (160, 32, None, "token_major", True, (1, False)),
-        (512, 32, None, "channel_major", True, (32, False)),  # enough blocks with one lane a share
-        (64, 512, 384, "channel_major", True, (3, False)),
-        (64, 512, 512 * 128, "channel_major", True, (512, True)),
-        (64, 512, torch.tensor(128, dtype=torch.int32), "channel_major", True, (512, False)),
+        (64, 32, None, "channel_major", PAIRS, (32, PAIRS)),
+        (64, 32, None, "channel_major", None, (1, None)),  # split
+        (64, 2, None, "token_major", None, (2, None)),  # too short to be split
+        (80, 32, None, "channel_major", PAIRS, (32, PAIRS)),
+        (80, 32, None, "token_major", PAIRS, (1, None)),
+        (512, 32, None, "channel_major", None, (32, None)),  # enough blocks with one lane a share
+        (64, 512, 384, "channel_major", PAIRS, (3, None)),
+        (64, 512, 512 * 128, "channel_major", PAIRS, (512, PAIRS)),
+        (64, 512, torch.tensor(128, dtype=torch.int32), "channel_major", PAIRS, (512, None)),
     ],
 )
-def test_a_scan_is_one_pass_or_split_by_the_blocks_that_it_makes(blocks, tiles, chunk_size, layout, fits_pairs, way):
-    assert _scan_cuda._way(blocks, tiles, 132, chunk_size, layout, fits_pairs) == way
+def test_a_scan_is_one_pass_or_split_by_the_blocks_that_it_makes(blocks, tiles, chunk_size, layout, pairs, way):
+    assert _scan_cuda._way(blocks, tiles, 132, chunk_size, layout, pairs) == way
+
+
+class H200:
+    multi_processor_count = 132
+    shared_memory_per_block_optin = 227 << 10
+
+
+class A100:
+    multi_processor_count = 108
+    shared_memory_per_block_optin = 163 << 10
+
+
+@pytest.mark.parametrize(
+    "gpu, sequences, channels, length, walkers_and_tokens",
+    [
+        (H200, 1, 2048, 4096, (4, 128)),
+        (H200, 1, 3072, 4096, (6, 64)),
+        (H200, 2, 2048, 4096, (8, 64)),
+        (H200, 1, 5120, 4096, (10, 64)),
+        (H200, 1, 6144, 4096, (12, 32)),
+        (H200, 8, 2048, 4096, None),  # more than a block a multiprocessor
+        (H200, 1, 2048, 33, (4, 64)),  # rounds that are more than half full
+        (H200, 1, 2048, 16, None),
+        (A100, 1, 1536, 4096, (4, 64)),  # of what it can hold
+        (A100, 1, 3072, 4096, (12, 32)),
+    ],
+)
+def test_blocks_in_pairs_are_the_smallest_that_give_a_multiprocessor_one(
+    gpu, sequences, channels, length, walkers_and_tokens
+):
+    block = _scan_cuda._pairs(sequences, channels, length, "channel_major", gpu)
+    assert (block and (block.walkers, block.tokens)) == walkers_and_tokens

@@ -81,8 +81,8 @@ def test_one_pass_in_pairs_or_not_gives_the_same_bits(dtype, layout, monkeypatch
         for how in ({}, {"memory": "forgetful", "B_kind": "constant", "C_kind": "grouped", "options": OPTIONS}):
             inputs = gpu_inputs(*shape, dtype=dtype, layout=layout, **how)
             want = run(inputs, chunk_size=TILE)
-            for pairs in (True, False):
-                monkeypatch.setattr(_scan_cuda, "_fits_pairs", lambda *_, pairs=pairs: pairs)
+            for pairs in (*_scan_cuda.PAIRS["channel_major"], None):
+                monkeypatch.setattr(_scan_cuda, "_pairs", lambda *_, pairs=pairs: pairs)
                 _scan_cuda._plans.clear()
                 differences.add(run(inputs, chunk_size=2**40 * TILE), want)
     _scan_cuda._plans.clear()
