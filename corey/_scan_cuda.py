@@ -106,13 +106,13 @@ def _tuned(name, block, dtypes=(torch.bfloat16, torch.float16, torch.float32)):
 
 _HALVES = (torch.bfloat16, torch.float16)  # float32 in pairs spills a word off sm_90
 TUNED = [
-    (CARRY, "scan_carry", (("N", 16),)),
     *(variant for name in ("scan_both", "scan_states", "scan_outputs") for variant in _tuned(name, None)),
     *(
         variant
         for size in ((4, 128), (4, 64), (6, 64), (8, 64))
         for variant in _tuned("scan_both", _pair(*size), _HALVES)
     ),
+    (CARRY, "scan_carry", (("N", 16),)),
 ]
 # Of 18 and 20 warps, so 96 registers a thread: enough on sm_90 and sm_100, of which one multiprocessor holds them.
 TUNED_ON_HOPPER = [variant for size in ((10, 64), (12, 32)) for variant in _tuned("scan_both", _pair(*size), _HALVES)]
@@ -351,19 +351,25 @@ def _way(blocks, tiles, processors, chunk_size, layout, pairs):
 def _way_of(u, groups, states, chunk_size):
     batch, channels, length = u.shape
     gpu = torch.cuda.get_device_properties(u.device.index)
-    tiles, per_group, layout = -(-length // TILE), channels // groups, _layout(u)
-    blocks = batch * groups * -(-per_group // _plain_block(states).channels)
-    # Pairs are written for 16 states, and warps that feed others must read whole vectors to keep up.
-    fit = states == 16 and _order(u, groups) in (TOKENS_A_THREAD, CHANNELS_A_THREAD)
-    pairs = _pairs(batch * groups, per_group, length, layout, gpu) if fit else None
-    return _way(blocks, tiles, gpu.multi_processor_count, chunk_size, layout, pairs)
+    blocks = batch * groups * -(-(channels // groups) // _plain_block(states).channels)
+    pairs = _pairs(u, groups, gpu) if states == 16 else None
+    return _way(blocks, -(-length // TILE), gpu.multi_processor_count, chunk_size, _layout(u), pairs)
 
 
-def _pairs(sequences, channels, length, layout, gpu):
-    """The smallest blocks in pairs of which a multiprocessor gets at most one, and can hold it, or None."""
-    for block in PAIRS[layout]:
-        few = sequences * -(-channels // block.channels) <= gpu.multi_processor_count
-        if few and block.tokens < 2 * length and _shared_bytes(16, block, True) <= gpu.shared_memory_per_block_optin:
+def _pairs(u, groups, gpu):
+    """The smallest blocks in pairs of which a multiprocessor gets at most one, and can hold it, or None.
+
+    Warps that feed others must read whole vectors to keep up. In blocks of more than 16 warps float32 would spill what
+    is on its way from memory, and so wait for it.
+    """
+    batch, channels, length = u.shape
+    if _order(u, groups) not in (TOKENS_A_THREAD, CHANNELS_A_THREAD):
+        return None
+    for block in PAIRS[_layout(u)]:
+        few = batch * groups * -(-(channels // groups) // block.channels) <= gpu.multi_processor_count
+        fits = _shared_bytes(16, block, True) <= gpu.shared_memory_per_block_optin
+        enough_registers = block.walkers <= 8 or u.dtype.itemsize == 2
+        if few and fits and enough_registers and block.tokens < 2 * length:
             return block
     return None
 

@@ -384,22 +384,22 @@ class A100:
 
 
 @pytest.mark.parametrize(
-    "gpu, sequences, channels, length, walkers_and_tokens",
+    "gpu, shape, dtype, walkers_and_tokens",
     [
-        (H200, 1, 2048, 4096, (4, 128)),
-        (H200, 1, 3072, 4096, (6, 64)),
-        (H200, 2, 2048, 4096, (8, 64)),
-        (H200, 1, 5120, 4096, (10, 64)),
-        (H200, 1, 6144, 4096, (12, 32)),
-        (H200, 8, 2048, 4096, None),  # more than a block a multiprocessor
-        (H200, 1, 2048, 33, (4, 64)),  # rounds that are more than half full
-        (H200, 1, 2048, 16, None),
-        (A100, 1, 1536, 4096, (4, 64)),  # of what it can hold
-        (A100, 1, 3072, 4096, (12, 32)),
+        (H200, (1, 2048, 4096), torch.bfloat16, (4, 128)),
+        (H200, (1, 3072, 4096), torch.float16, (6, 64)),
+        (H200, (2, 2048, 4096), torch.float32, (8, 64)),
+        (H200, (1, 5120, 4096), torch.bfloat16, (10, 64)),
+        (H200, (1, 5120, 4096), torch.float32, None),  # too few registers
+        (H200, (1, 6144, 4096), torch.bfloat16, (12, 32)),
+        (H200, (8, 2048, 4096), torch.bfloat16, None),  # more than a block a multiprocessor
+        (H200, (1, 2048, 4097), torch.bfloat16, None),  # no whole vectors
+        (H200, (1, 2048, 40), torch.bfloat16, (4, 64)),  # rounds that are more than half full
+        (H200, (1, 2048, 16), torch.bfloat16, None),
+        (A100, (1, 1536, 4096), torch.bfloat16, (4, 64)),  # of what it can hold
+        (A100, (1, 3072, 4096), torch.bfloat16, (12, 32)),
     ],
 )
-def test_blocks_in_pairs_are_the_smallest_that_give_a_multiprocessor_one(
-    gpu, sequences, channels, length, walkers_and_tokens
-):
-    block = _scan_cuda._pairs(sequences, channels, length, "channel_major", gpu)
+def test_blocks_in_pairs_are_the_smallest_that_give_a_multiprocessor_one(gpu, shape, dtype, walkers_and_tokens):
+    block = _scan_cuda._pairs(torch.empty(shape, dtype=dtype, device="meta"), 1, gpu)
     assert (block and (block.walkers, block.tokens)) == walkers_and_tokens
