@@ -237,7 +237,7 @@ def _first_calls(cache: str) -> dict:
     done = subprocess.run(
         [sys.executable, "-c", _FIRST_CALLS],
         cwd=paths.ROOT,
-        env=os.environ | {"COREY_CACHE": cache},
+        env=os.environ | {"COREY_CACHE": cache, "CUDA_CACHE_PATH": cache},  # CUDA's own caches are as empty
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -193,7 +193,7 @@ def test_two_fake_devices_run_a_grid_and_its_faults_and_only_the_rest_again(tiny
     }
     assert {event["device"] for event in tiny.events()} == {"cpu:0", "cpu:1"} and not overlaps(tiny.events())
     assert (tiny.folder_of("cell exception", 0) / "notebook.failed.ipynb").exists()
-    assert not tiny.all_processes()
+    wait_for(lambda: not tiny.all_processes(), 20)
     begun = len(tiny.events())
     tiny.set_grid(["rows", "transient"], 2)
     assert tiny.run() == 0
