@@ -40,6 +40,11 @@ class Block(NamedTuple):
     def threads(self):
         return 32 * self.walkers + self.in_pairs * self.channels * self.tokens // EACH
 
+    @property
+    def roomy(self):
+        """Whether a thread may have 128 registers."""
+        return self.threads <= 512
+
 
 def _pair(walkers, tokens):
     return Block(8, walkers, tokens, True)
@@ -84,38 +89,33 @@ def _lanes_a_channel(states):
     return 1 if states <= 4 else 2 if states <= 8 else 4 if states <= 16 else 8
 
 
-def _tuned(name, block, dtypes=(torch.bfloat16, torch.float16, torch.float32)):
-    orders = ((TOKENS_A_THREAD, VECTORS_OF_TOKENS), (CHANNELS_A_THREAD, VECTORS_OF_STATES))
-    return [
-        (
-            SOURCE,
-            name,
-            macros(
-                dtypes=(dtype,) * 5,
-                states=16,
-                block=block,
-                split=name != "scan_both",
-                order=order,
-                projections=(projection,) * 2,
-            ),
-        )
-        for dtype in dtypes
-        for order, projection in orders
-    ]
+def _tuned(layout, name, block=None, dtypes=(torch.bfloat16, torch.float16, torch.float32)):
+    token_major = layout == "token_major"
+    lie = {
+        "order": CHANNELS_A_THREAD if token_major else TOKENS_A_THREAD,
+        "projections": (VECTORS_OF_STATES if token_major else VECTORS_OF_TOKENS,) * 2,
+    }
+    split = name != "scan_both"
+    return [(SOURCE, name, macros(dtypes=(dtype,) * 5, states=16, block=block, split=split, **lie)) for dtype in dtypes]
 
 
-_HALVES = (torch.bfloat16, torch.float16)  # float32 in pairs spills a word off sm_90
+def _tuned_pairs(roomy):
+    halves = (torch.bfloat16, torch.float16)  # float32 in pairs spills a word off sm_90
+    blocks = ((layout, block) for layout in PAIRS for block in PAIRS[layout] if block.roomy == roomy)
+    return [variant for layout, block in blocks for variant in _tuned(layout, "scan_both", block, halves)]
+
+
 TUNED = [
-    *(variant for name in ("scan_both", "scan_states", "scan_outputs") for variant in _tuned(name, None)),
     *(
         variant
-        for size in ((4, 128), (4, 64), (6, 64), (8, 64))
-        for variant in _tuned("scan_both", _pair(*size), _HALVES)
+        for layout in PAIRS
+        for name in ("scan_both", "scan_states", "scan_outputs")
+        for variant in _tuned(layout, name)
     ),
+    *_tuned_pairs(roomy=True),
     (CARRY, "scan_carry", (("N", 16),)),
 ]
-# Of 18 and 20 warps, so 96 registers a thread: enough on sm_90 and sm_100, of which one multiprocessor holds them.
-TUNED_ON_HOPPER = [variant for size in ((10, 64), (12, 32)) for variant in _tuned("scan_both", _pair(*size), _HALVES)]
+TUNED_ON_HOPPER = _tuned_pairs(roomy=False)  # whose registers do on sm_90 and sm_100
 
 
 @dataclass(frozen=True)
@@ -359,8 +359,8 @@ def _way_of(u, groups, states, chunk_size):
 def _pairs(u, groups, gpu):
     """The smallest blocks in pairs of which a multiprocessor gets at most one, and can hold it, or None.
 
-    Warps that feed others must read whole vectors to keep up. In blocks of more than 16 warps float32 would spill what
-    is on its way from memory, and so wait for it.
+    Warps that feed others must read whole vectors to keep up. In blocks that are not roomy float32 would spill what is
+    on its way from memory, and so wait for it.
     """
     batch, channels, length = u.shape
     if _order(u, groups) not in (TOKENS_A_THREAD, CHANNELS_A_THREAD):
@@ -368,7 +368,7 @@ def _pairs(u, groups, gpu):
     for block in PAIRS[_layout(u)]:
         few = batch * groups * -(-(channels // groups) // block.channels) <= gpu.multi_processor_count
         fits = _shared_bytes(16, block, True) <= gpu.shared_memory_per_block_optin
-        enough_registers = block.walkers <= 8 or u.dtype.itemsize == 2
+        enough_registers = block.roomy or u.dtype.itemsize == 2
         if few and fits and enough_registers and block.tokens < 2 * length:
             return block
     return None

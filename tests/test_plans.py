@@ -164,7 +164,7 @@ def launches(monkeypatch):
 
     class Properties:
         multi_processor_count = 1
-        shared_memory_per_multiprocessor = 0
+        shared_memory_per_block_optin = 0
 
     def launch(function, grid, threads, shared_bytes, params, **how):
         seen.append([function.name, grid, threads, shared_bytes, bytes(params), how])
