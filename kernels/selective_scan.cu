@@ -155,12 +155,11 @@ template <class X, bool VECTOR> struct Walker {
     for (int run = 0; run < RUNS; ++run) prefetch(at + (2 * T + run) * st.token);
   }
   static __device__ __forceinline__ int64 step(const Strides& st, int e) {  // from element e to the next
-    if (RUNS > 1 && (e + 1) % RUN == 0) return st.token - (RUN - 1) * (VECTOR ? 1 : st.channel);
-    if (VECTOR) return 1;
+    const int from = RUNS > 1 ? e : 0;  // one distance for all, where that is so, saves registers
     int c0, t0, c, t;
-    element(0, c0, t0);
-    element(1, c, t);
-    return (c - c0) * st.channel + (t - t0) * st.token;
+    element(from, c0, t0);
+    element(from + 1, c, t);
+    return VECTOR && (e + 1) % RUN ? 1 : (c - c0) * st.channel + (t - t0) * st.token;
   }
 };
 
