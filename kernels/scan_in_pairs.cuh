@@ -17,25 +17,35 @@ struct Pair : Lane<true, true> {
   float* shares;
   Raw raw;     // 8 tokens ahead of the walk
   Four now;
-  float factor[STATES];  // of the tile that ends next
+  float total, factor[STATES];  // of the tile that ends next
 
   __device__ __forceinline__ Pair(const Params& p, const Place& w, Memory<true>* memory) : Lane(p, w, memory) {}
 
-  __device__ __forceinline__ void begin() {
-    read_from(memory);
+  // The second lane takes one step more, at first one that changes nothing and leaves its outputs where nobody reads them.
+  __device__ __forceinline__ void begin(Memory<true>* ring) {
+    write_to(ring + RING - 1, true);
+    shares += T - 4;
+    Cs = ring->C;
+    read_from(ring, true);
     raw = load_four();
-    now = find_four();
-    raw = load_four();
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      now.a[k / 2][k % 2] = 1.f;
+      now.x[k / 2][k % 2] = -0.f;
+    }
+    if (place == 0) {
+      now = find_four();
+      raw = load_four();
+    }
   }
 
+  // No lane goes another way than the others here: branches would cost more than what they leave out.
   __device__ __forceinline__ void walk_round(int t0, const Memory<true>* next) {
     const float* mine_of_steps = memory->step + row_of(mine) + 4 * share;
-    if (place == 0) write_to(memory);
-    if (place == 0 || t0 > w.first) step();
-    if (place == 1) {
-      if (t0 > w.first && ends_tile(t0 - T)) end_tile(t0 - T);
-      write_to(memory);
-    }
+    write_to(memory, place == 0);
+    step();
+    end_tile(place == 1 && t0 > w.first && t0 % TILE == 0);
+    write_to(memory, place == 1);
     add_groups(mine_of_steps, 0);
     __syncwarp();
     leave_round();
@@ -53,32 +63,34 @@ struct Pair : Lane<true, true> {
         __syncwarp();
       }
     }
-    if (ends_tile(t0)) find_factors();
+    const bool ends_tile = (t0 + T) % TILE == 0 || t0 + T >= w.end;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (place == 0 ? i == 2 : i == 3) read_from(next);
+      find_factors(i, ends_tile);
+      if (i >= 2) read_from(next, place == i - 2);
       step();
       __syncwarp();
     }
-    if (place == 0 && ends_tile(t0)) end_tile(t0);
+    end_tile(place == 0 && ends_tile);
   }
 
-  __device__ __forceinline__ void end_last_round(int t0) {
-    if (place == 1) {
-      put_four();
-      end_tile(t0);
-    }
+  __device__ __forceinline__ void end() {
+    if (place == 1) put_four();
+    end_tile(place == 1);
+#pragma unroll
+    for (int i = 0; i < STATES; ++i)
+      if (exists(i)) p.last[row * N + sub * STATES + i] = H[i];
   }
 
  private:
-  __device__ __forceinline__ void read_from(const Memory<true>* memory) {
-    steps = memory->step + row_of(mine);
-    Bs = memory->B + quad(0, sub);
+  __device__ __forceinline__ void read_from(const Memory<true>* memory, bool now) {
+    steps = now ? memory->step + row_of(mine) : steps;
+    Bs = now ? memory->B + quad(0, sub) : Bs;
   }
-  __device__ __forceinline__ void write_to(Memory<true>* memory) {
-    shares = memory->y + share * ROWS + row_of(mine);
-    before = place == 0 ? constants()->nothing : shares;
-    Cs = memory->C + quad(0, sub);
+  __device__ __forceinline__ void write_to(Memory<true>* memory, bool now) {
+    shares = now ? memory->y + share * ROWS + row_of(mine) : shares;
+    before = now ? place == 0 ? constants()->nothing : shares : before;
+    Cs = now ? memory->C + quad(0, sub) : Cs;
   }
 
   __device__ __forceinline__ void add_groups(const float* steps, int quarter) {  // of a round
@@ -134,22 +146,22 @@ struct Pair : Lane<true, true> {
     Cs += quad(4, 0);
   }
 
-  __device__ __forceinline__ bool ends_tile(int t0) const { return (t0 + T) % TILE == 0 || t0 + T >= w.end; }
-
-  // Found by all lanes together, before the first one's tile ends.
-  __device__ __forceinline__ void find_factors() {
-    add_lanes();
+  // Found by all lanes together, one step after the other, before the first one's tile ends.
+  __device__ __forceinline__ void find_factors(int step, bool ends_tile) {
+    if (step == 0) total = add_lanes_of(sum, 16 / SHARERS);
+    if (step == 1) total = add_lanes_of(total, 1);
+    if (step == 2)
 #pragma unroll
-    for (int i = 0; i < STATES; ++i) factor[i] = factor_of(A[i], sum);
-    sum = 0.f;
+      for (int i = 0; i < STATES; ++i) factor[i] = factor_of(A[i], total);
+    if (step == 3 && ends_tile) sum = 0.f;
   }
-  __device__ __forceinline__ void end_tile(int t0) {
+  __device__ __forceinline__ void end_tile(bool now) {
 #pragma unroll
     for (int i = 0; i < STATES; ++i) {
-      H[i] = carry(factor[i], H[i], s[i]);
-      if (t0 + T >= p.length && exists(i)) p.last[row * N + sub * STATES + i] = H[i];
-      s[i] = 0.f;
-      h[i] = H[i];
+      const float after = carry(factor[i], H[i], s[i]);
+      H[i] = now ? after : H[i];
+      s[i] = now ? 0.f : s[i];
+      h[i] = now ? H[i] : h[i];
     }
   }
 };
@@ -160,7 +172,7 @@ __device__ __forceinline__ void walk_in_pairs(const Params& p, const Place& w, M
   Pair lane(p, w, ring);
   meet();
   meet();
-  lane.begin();
+  lane.begin(ring);
   int t0 = w.first;
 #pragma unroll 1
   for (int now = 0; t0 < w.end; t0 += T) {
@@ -169,7 +181,7 @@ __device__ __forceinline__ void walk_in_pairs(const Params& p, const Place& w, M
     lane.walk_round(t0, ring + now);
     meet();
   }
-  lane.end_last_round(t0 - T);
+  lane.end();
   meet();
 }
 

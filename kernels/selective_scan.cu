@@ -505,10 +505,12 @@ template <bool FIND_S, bool FIND_Y> struct Lane {
     const float4 four = *(const float4*)steps;
     sum = __fadd_rn(sum, __fadd_rn(__fadd_rn(four.x, four.y), __fadd_rn(four.z, four.w)));
   }
+  // Sums of lanes that many apart.
+  static __device__ __forceinline__ float add_lanes_of(float sum, int apart) { return __fadd_rn(sum, __shfl_xor_sync(~0u, sum, apart)); }
   __device__ __forceinline__ void add_lanes() {
 #pragma unroll
-    for (int lanes = 16 / SHARERS; lanes > ABREAST; lanes /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, lanes));
-    if (SHARES > 1) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, 1));
+    for (int lanes = 16 / SHARERS; lanes > ABREAST; lanes /= 2) sum = add_lanes_of(sum, lanes);
+    if (SHARES > 1) sum = add_lanes_of(sum, 1);
   }
 
   __device__ __forceinline__ void end_tile(int t0) {
