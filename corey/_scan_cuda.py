@@ -62,6 +62,7 @@ def macros(
     states,
     block=None,
     split=False,
+    whole=True,
     order,
     vectors=(True,) * 4,
     projections,
@@ -70,14 +71,17 @@ def macros(
     bias=True,
     softplus=True,
 ):
-    """The variant's macros. dtypes: of u, delta, z, B, C; vectors: of u, delta, z, y; projections: of B, C."""
+    """The variant's macros. dtypes: of u, delta, z, B, C; vectors: of u, delta, z, y; projections: of B, C.
+
+    whole: whether every block has all its channels, and all tokens whenever it takes some.
+    """
     block = block or _plain_block(states)
     named = zip(("T_U", "T_DELTA", "T_Z", "T_B", "T_C"), (CPP_TYPES[dtype] for dtype in dtypes))
     wide = zip(("VECTOR_U", "VECTOR_DELTA", "VECTOR_Z", "VECTOR_Y"), (int(vector) for vector in vectors))
     flags = (("HAS_Z", int(z)), ("HAS_D", int(D)), ("HAS_BIAS", int(bias)), ("SOFTPLUS", int(softplus)))
     lie = (("MAP", order), ("LAYOUT_B", projections[0]), ("LAYOUT_C", projections[1]))
     sizes = (("LANES", block.lanes), ("WALKERS", block.walkers), ("TOKENS", block.tokens))
-    return (*named, *wide, *flags, *lie, ("N", states), *sizes, ("SPLIT", int(split)))
+    return (*named, *wide, *flags, *lie, ("N", states), *sizes, ("SPLIT", int(split)), ("WHOLE", int(whole)))
 
 
 def _plain_block(states):
@@ -96,7 +100,11 @@ def _tuned(layout, name, block=None, dtypes=(torch.bfloat16, torch.float16, torc
         "projections": (VECTORS_OF_STATES if token_major else VECTORS_OF_TOKENS,) * 2,
     }
     split = name != "scan_both"
-    return [(SOURCE, name, macros(dtypes=(dtype,) * 5, states=16, block=block, split=split, **lie)) for dtype in dtypes]
+    return [
+        (SOURCE, name, macros(dtypes=(dtype,) * 5, states=16, block=block, split=split, whole=whole, **lie))
+        for dtype in dtypes
+        for whole in (True, False)
+    ]
 
 
 def _tuned_pairs(roomy):
@@ -285,6 +293,7 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
         states=states,
         block=block,
         split=split,
+        whole=length % block.tokens == 0 and per_group % block.channels == 0,
         order=order,
         vectors=[_is_wide(order, u.shape, groups, *row) for row in rows],
         projections=[_projection(x, states) for x in (B, C)],

@@ -26,7 +26,11 @@ SHORTER_SOFTPLUS = {
         "    return at_least(x, splat(ZERO)) + fma(twice * v, p, twice)",
         "    return at_least(x, splat(ZERO)) + e",
     ),
-    "cuda": ("common.cuh", "    return __fmaf_rn(e, log1p_over(e), fmaxf(x, 0.0f));", "    return fmaxf(x, 0.0f) + e;"),
+    "cuda": (
+        "common.cuh",
+        "    return __fmaf_rn(e, log1p_over<X>(e), fmaxf(x, 0.0f));",
+        "    return fmaxf(x, 0.0f) + e;",
+    ),
 }
 
 

@@ -124,23 +124,36 @@ __device__ __forceinline__ float rcp(float x) {
     return y;
 }
 
-// log(1 + e) / e for e in [0, 1]: minimax in relative error (3.3e-8) with a constant term of exactly 1.
+// log(1 + e) / e for e in [0, 1]: minimax in relative error with a constant term of exactly 1. It is for steps of type X:
+// in 16 bits they are rounded by more than 1e-4 of themselves, so 1.5e-6 will do, else 3.3e-8.
+template <typename X>
 __device__ __forceinline__ float log1p_over(float e) {
-    float p = 5.365422461181879e-3f;
-    p = __fmaf_rn(p, e, -3.0068300664424896e-2f);
-    p = __fmaf_rn(p, e, 7.920882850885391e-2f);
-    p = __fmaf_rn(p, e, -1.3754187524318695e-1f);
-    p = __fmaf_rn(p, e, 1.915384829044342e-1f);
-    p = __fmaf_rn(p, e, -2.4857217073440552e-1f);
-    p = __fmaf_rn(p, e, 3.3321329951286316e-1f);
-    p = __fmaf_rn(p, e, -4.9999648332595825e-1f);
+    float p;
+    if constexpr (sizeof(X) == 2) {
+        p = 1.4588338322937489e-2f;
+        p = __fmaf_rn(p, e, -6.785126030445099e-2f);
+        p = __fmaf_rn(p, e, 1.5102776885032654e-1f);
+        p = __fmaf_rn(p, e, -2.3611347377300262e-1f);
+        p = __fmaf_rn(p, e, 3.3140426874160767e-1f);
+        p = __fmaf_rn(p, e, -4.999074637889862e-1f);
+    } else {
+        p = 5.365422461181879e-3f;
+        p = __fmaf_rn(p, e, -3.0068300664424896e-2f);
+        p = __fmaf_rn(p, e, 7.920882850885391e-2f);
+        p = __fmaf_rn(p, e, -1.3754187524318695e-1f);
+        p = __fmaf_rn(p, e, 1.915384829044342e-1f);
+        p = __fmaf_rn(p, e, -2.4857217073440552e-1f);
+        p = __fmaf_rn(p, e, 3.3321329951286316e-1f);
+        p = __fmaf_rn(p, e, -4.9999648332595825e-1f);
+    }
     return __fmaf_rn(p, e, 1.0f);
 }
 
 // log(1 + exp(x)) = max(x, 0) + log1p(exp(-|x|)), accurate in relative error for very negative x too.
+template <typename X>
 __device__ __forceinline__ float softplus(float x) {
     float e = ex2(__fmul_rn(fabsf(x), -LOG2E));
-    return __fmaf_rn(e, log1p_over(e), fmaxf(x, 0.0f));
+    return __fmaf_rn(e, log1p_over<X>(e), fmaxf(x, 0.0f));
 }
 
 // 1 / (1 + exp(-x)): 0 for very negative x, so x * sigmoid(x) is then -0 and not NaN.

@@ -9,6 +9,8 @@ constexpr int RING = 3;
 __device__ __forceinline__ void meet() { wait_at_barrier(1, BLOCK); }  // of walkers and feeders, between rounds
 __device__ __forceinline__ void leave_round() { arrive_at_barrier(2, BLOCK); }  // nobody walks the round before any more,
 __device__ __forceinline__ void wait_until_left() { wait_at_barrier(2, BLOCK); }  // so its place is free
+__device__ __forceinline__ void second_is_staged() { arrive_at_barrier(3, BLOCK); }  // the second round of all
+__device__ __forceinline__ void wait_for_second() { wait_at_barrier(3, BLOCK); }
 
 struct Pair : Lane<true, true> {
   struct Raw { float4 step, in; alignas(16) float B[4][2]; };  // of 4 tokens
@@ -63,6 +65,7 @@ struct Pair : Lane<true, true> {
         __syncwarp();
       }
     }
+    if (t0 == w.first) wait_for_second();
     const bool ends_tile = (t0 + T) % TILE == 0 || t0 + T >= w.end;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -188,24 +191,22 @@ __device__ __forceinline__ void walk_in_pairs(const Params& p, const Place& w, M
 __device__ __forceinline__ void feed_pairs(const Params& p, const Place& w, Memory<true>* ring) {
   Elementwise<true> elementwise(p, w, ring);
   Inputs coming, gates;
-  const bool full = w.channels == CHANNELS;
-  const auto all = [&](int t0) { return t0 + T <= w.end && full; };
   const auto fetch = [&](int t0) {
-    if (all(t0)) elementwise.template fetch<true>(coming, t0);
-    else if (t0 < w.end) elementwise.template fetch<false>(coming, t0);
+    if (is_whole(w, t0)) elementwise.template fetch<true>(coming, t0);
+    else if (is_partial(w, t0)) elementwise.template fetch<false>(coming, t0);
   };
   const auto stage = [&](int t0, int place) {
     elementwise.memory = ring + place;
-    if (all(t0)) elementwise.template stage<true>(coming, t0);
-    else if (t0 < w.end) elementwise.template stage<false>(coming, t0);
+    if (is_whole(w, t0)) elementwise.template stage<true>(coming, t0);
+    else if (is_partial(w, t0)) elementwise.template stage<false>(coming, t0);
   };
-  const auto fetch_gate = [&](int t0) {
-    if (all(t0)) elementwise.template fetch_gate<true>(gates, t0);
+  const auto fetch_gate = [&](int t0) {  // this and `finish` of tokens that are there
+    if (WHOLE || is_whole(w, t0)) elementwise.template fetch_gate<true>(gates, t0);
     else elementwise.template fetch_gate<false>(gates, t0);
   };
   const auto finish = [&](int t0, int place) {
     elementwise.memory = ring + place;
-    if (all(t0)) elementwise.template finish<true>(gates, t0);
+    if (WHOLE || is_whole(w, t0)) elementwise.template finish<true>(gates, t0);
     else elementwise.template finish<false>(gates, t0);
   };
 
@@ -213,9 +214,10 @@ __device__ __forceinline__ void feed_pairs(const Params& p, const Place& w, Memo
   meet();
   stage(w.first, 0);
   fetch(w.first + T);
-  stage(w.first + T, 1);
-  fetch(w.first + 2 * T);
   meet();
+  stage(w.first + T, 1);
+  second_is_staged();
+  fetch(w.first + 2 * T);
   int behind = 1, ahead = 2, t0 = w.first;  // where the rounds two behind and two ahead lie
 #pragma unroll 1
   for (; t0 < w.end; t0 += T) {

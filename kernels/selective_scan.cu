@@ -59,6 +59,10 @@ enum { VECTORS_OF_TOKENS, VECTORS_OF_STATES, STRIDED, CONSTANT };             //
 
 struct Place { int b, g, channel, channels, first, end; bool any; };  // first channel, how many; tokens
 
+// Whether all of a block's channels and of the T tokens from t0 are there. Where WHOLE, that is so for every piece.
+__device__ __forceinline__ bool is_whole(const Place& w, int t0) { return WHOLE ? t0 < w.end : w.channels == CHANNELS && t0 + T <= w.end; }
+__device__ __forceinline__ bool is_partial(const Place& w, int t0) { return !WHOLE && t0 < w.end && !is_whole(w, t0); }
+
 __device__ __forceinline__ Place locate(const Params& p) {
   Place w;
   const int tiles = (p.length - 1) / TILE + 1;
@@ -149,7 +153,7 @@ template <class X, bool VECTOR> struct Walker {
     element(0, c, t);
     at = x + w.b * st.batch + (w.channel + c) * st.channel + (w.first + t) * st.token;
   }
-  __device__ __forceinline__ void advance(const Strides& st) { at += T * st.token; }
+  __device__ __forceinline__ void advance(const Strides& st) { at += T * (VECTOR && MAP == TOKENS_A_THREAD ? 1 : st.token); }
   __device__ __forceinline__ void prefetch_later(const Strides& st) const {  // what is loaded two pieces later
 #pragma unroll
     for (int run = 0; run < RUNS; ++run) prefetch(at + (2 * T + run) * st.token);
@@ -281,7 +285,7 @@ template <class X, int LAYOUT> struct Projected {
 #pragma unroll
       for (int k = 0; k < EACH_THREAD; ++k) {
         if (PIECES % SHARE == 0 || k * SHARE + id < PIECES) load_piece<ALL>(to.at[k], at[k], st, k * SHARE + id, t0, end);
-        at[k] += T * st.token;
+        at[k] += T * (LAYOUT == VECTORS_OF_TOKENS ? 1 : st.token);
       }
   }
   __device__ __forceinline__ void put(float* s, const Pieces& from, const Projection& st, int t0, int end) {
@@ -310,8 +314,15 @@ struct Inputs {
   Projected<T_C, LAYOUT_C>::Pieces C;
 };
 
+template <class X, class Y> constexpr bool SAME = false;
+template <class X> constexpr bool SAME<X, X> = true;
+
 // What is done for a block's channels element by element: steps and inputs before the walk, y after it.
 template <bool FIND_Y> struct Elementwise {
+  // Half of the threads stage B and half C. Where these are alike, all run the same code; vectors of states are faster with
+  // two, by 2 % of a call.
+  static constexpr bool ALIKE = FIND_Y && SAME<T_B, T_C> && LAYOUT_B == LAYOUT_C && LAYOUT_B != VECTORS_OF_STATES;
+
   const Params& p;
   const Place& w;
   Memory<FIND_Y>* memory;
@@ -326,8 +337,13 @@ template <bool FIND_Y> struct Elementwise {
   __device__ __forceinline__ Elementwise(const Params& p, const Place& w, Memory<FIND_Y>* memory)
       : p(p), w(w), memory(memory), u(p.u, p.su, w), u_again(u), delta(p.delta, p.sdelta, w), z(p.z, p.sz, w), y(p.y, p.sy, w),
         stages_B(feeder() < FEEDERS / 2),
-        B(p.B + w.b * p.sB.batch + w.g * p.sB.group, p.sB, feeder() % (FEEDERS / 2), w.first),
-        C(p.C + w.b * p.sC.batch + w.g * p.sC.group, p.sC, feeder() % (FEEDERS / 2), w.first) {}
+        B(start_of(stages_B || !ALIKE ? p.B : (const T_B*)p.C, of_B()), of_B(), feeder() % (FEEDERS / 2), w.first),
+        C(start_of(p.C, p.sC), p.sC, feeder() % (FEEDERS / 2), w.first) {}
+
+  template <class X> __device__ __forceinline__ const X* start_of(const X* x, const Projection& st) const {
+    return x + w.b * st.batch + w.g * st.group;
+  }
+  __device__ __forceinline__ const Projection& of_B() const { return stages_B || !ALIKE ? p.sB : p.sC; }  // where alike, or of C
 
   template <bool ALL> __device__ __forceinline__ void fetch(Inputs& to, int t0) {
     if (IN_PAIRS && ALL && t0 + 3 * T <= w.end) {
@@ -337,7 +353,7 @@ template <bool FIND_Y> struct Elementwise {
     load<ALL>(to.u, u, p.su, t0, w);
     load<ALL>(to.delta, delta, p.sdelta, t0, w);
     if (FIND_Y && HAS_Z && !IN_PAIRS) load<ALL>(to.z, z, p.sz, t0, w);
-    if (stages_B) B.template load<ALL>(to.B, p.sB, t0, w.end);
+    if (ALIKE || stages_B) B.template load<ALL>(to.B, of_B(), t0, w.end);
     else if (FIND_Y) C.template load<ALL>(to.C, p.sC, t0, w.end);
   }
 
@@ -394,13 +410,13 @@ template <bool FIND_Y> struct Elementwise {
     for (int e = 0; e < EACH; ++e) {
       element(e, c, t);
       if (HAS_BIAS) step[e] = __fadd_rn(step[e], constants()->bias[c]);
-      if (SOFTPLUS) step[e] = softplus(step[e]);
+      if (SOFTPLUS) step[e] = softplus<T_DELTA>(step[e]);
       if (!ALL && t0 + t >= w.end) step[e] = 0.f;  // beyond the end nothing decays and nothing enters
       in[e] = __fmul_rn(step[e], in[e]);
     }
     put_rows(memory->step, step);
     put_rows(memory->in, in);
-    if (stages_B) B.put(memory->B, from.B, p.sB, t0, w.end);
+    if (ALIKE || stages_B) B.put(stages_B ? memory->B : memory->C, from.B, of_B(), t0, w.end);
     else if (FIND_Y) C.put(memory->C, from.C, p.sC, t0, w.end);
   }
 
@@ -436,7 +452,7 @@ template <bool FIND_S, bool FIND_Y> struct Lane {
   float A[STATES], h[STATES], s[STATES], H[STATES], sum;
   float fixed_B[STATES], fixed_C[STATES];  // where constant
 
-  __device__ __forceinline__ bool exists(int i) const { return mine < w.channels && (ROW == N || sub * STATES + i < N); }
+  __device__ __forceinline__ bool exists(int i) const { return (WHOLE || mine < w.channels) && (ROW == N || sub * STATES + i < N); }
 
   // Bit 0 of a lane's number is bit 0 of its share, the next ones are its channel's. So neighbours read the same steps, and
   // lanes 2 apart the same B: either makes one wavefront of a half-warp's 16-byte reads, which are two otherwise.
@@ -544,10 +560,9 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
   if (!FIND_Y) let_next_kernel_begin();
   Elementwise<FIND_Y> elementwise(p, w, memory);
   constexpr bool ONE_PASS = FIND_S && FIND_Y;
-  const bool full = w.channels == CHANNELS;
   const auto fetch = [&](Inputs& to, int t0) {
-    if (full && t0 + T <= w.end) elementwise.template fetch<true>(to, t0);
-    else if (t0 < w.end || ONE_PASS) elementwise.template fetch<false>(to, t0);  // loads nothing there, but compiles better
+    if (is_whole(w, t0)) elementwise.template fetch<true>(to, t0);
+    else if (!WHOLE && (ONE_PASS || t0 < w.end)) elementwise.template fetch<false>(to, t0);  // loads nothing there, but compiles better
   };
   Inputs now;
   fetch(now, w.first);
@@ -563,9 +578,9 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
 
 #pragma unroll 1
   for (int t0 = w.first; t0 < w.end; t0 += T) {
-    const bool all = full && t0 + T <= w.end;
+    const bool all = is_whole(w, t0);
     if (!FIND_S && t0 % TILE == 0) lane.begin_tile(t0);
-    if (all) elementwise.template stage<true>(now, t0);
+    if (WHOLE || all) elementwise.template stage<true>(now, t0);
     else elementwise.template stage<false>(now, t0);
     __syncthreads();
     Inputs next;
@@ -574,7 +589,7 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
     if (FIND_S && ((t0 + T) % TILE == 0 || t0 + T >= w.end)) lane.end_tile(t0);
     __syncthreads();
     if (FIND_Y) {
-      if (all) elementwise.template finish<true>(now, t0);
+      if (WHOLE || all) elementwise.template finish<true>(now, t0);
       else elementwise.template finish<false>(now, t0);
     }
     now = next;

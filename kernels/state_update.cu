@@ -105,7 +105,7 @@ selective_state_update(const __grid_constant__ Params p) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
         float delta = __fadd_rn(step[r], bias);
-        if (SOFTPLUS) delta = softplus(delta);
+        if (SOFTPLUS) delta = softplus<T_DT>(delta);
         float input = __fmul_rn(delta, x[r]), y = 0.0f;
 #pragma unroll
         for (int i = 0; i < HELD; ++i) {

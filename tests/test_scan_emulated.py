@@ -16,6 +16,8 @@ CHUNKS = (None, 128, 256, 384, 2**20 * 128, torch.tensor(200, dtype=torch.int32)
 CASES = {
     "channel-major": {"batch": 2, "dim": 40, "length": 300},
     "token-major": {"batch": 2, "dim": 40, "length": 300, "layout": "token_major"},
+    "bfloat16, whole pieces": {"batch": 2, "dim": 64, "length": 384, "dtype": bf16},
+    "float16, whole pieces, token-major": {"batch": 1, "dim": 64, "length": 352, "dtype": f16, "layout": "token_major"},
     "bfloat16, token-major": {"batch": 1, "dim": 72, "length": 400, "dtype": bf16, "layout": "token_major"},
     "float16, half of a projection": {"batch": 1, "dim": 72, "length": 400, "dtype": f16, "layout": "padded_channels"},
     "bfloat16, unaligned rows": {"batch": 2, "dim": 33, "length": 257, "dtype": bf16, "layout": "offset"},
@@ -63,12 +65,14 @@ IN_PAIRS = [
     (3, {"dtype": bf16, "length": 385, "layout": "token_major", "B_kind": "grouped", "C_kind": "grouped"}),
     (4, {"dtype": f16, "length": 300, "layout": "token_major", "memory": "forgetful"}),
     (5, {"dtype": bf16, "length": 264}),
+    (0, {"dtype": bf16, "length": 512}),  # whole pieces only
+    (3, {"dtype": f16, "length": 320, "dim": 96, "layout": "token_major"}),
 ]
 
 
-@pytest.mark.parametrize("size, case", IN_PAIRS, ids=[str(PAIRS[size]) for size, _ in IN_PAIRS])
+@pytest.mark.parametrize("size, case", IN_PAIRS, ids=[f"{PAIRS[size]}, {case['length']}" for size, case in IN_PAIRS])
 def test_twice_the_lanes_give_the_same_bits(size, case, emulated, monkeypatch):  # noqa: F811
-    inputs = make_inputs(batch=2, dim=80, options=OPTIONS, **case)
+    inputs = make_inputs(options=OPTIONS, **{"batch": 2, "dim": 80} | case)
     inputs["C"] = lay_out(inputs["C"].flatten(0, -3), "token_major").view(inputs["C"].shape)
     inputs["u"][..., 260:] = 0  # a forgetful state dies out, towards a zero of either sign
     want = emulated(inputs, 128)
@@ -85,14 +89,16 @@ def use_pairs(monkeypatch, block):
 PAIR_BREAKS = {
     "a round is overwritten while it is walked": ("    wait_until_left();\n", ""),
     "the second lane starts anew": (
-        "before = place == 0 ? constants()->nothing : shares;",
-        "before = constants()->nothing;",
+        "before = now ? place == 0 ? constants()->nothing : shares : before;",
+        "before = now ? constants()->nothing : before;",
     ),
     "the second lane does not wait": ("        step();\n        __syncwarp();\n", "        step();\n"),
-    "a tile goes on": ("if (t0 > w.first && ends_tile(t0 - T)) end_tile(t0 - T);", ""),
-    "factors of another tile": ("if (ends_tile(t0)) find_factors();", "if (t0 == 0) find_factors();"),
-    "the last 4 tokens are dropped": ("      put_four();\n      end_tile(t0);\n", "      end_tile(t0);\n"),
-    "the next round is read too early": ("if (place == 0 ? i == 2 : i == 3)", "if (i == 2)"),
+    "the second lane begins with a token": ("now.a[k / 2][k % 2] = 1.f;", "now.a[k / 2][k % 2] = 0.f;"),
+    "a tile goes on": ("end_tile(place == 1 && t0 > w.first && t0 % TILE == 0);", ""),
+    "factors of two tiles": ("if (step == 3 && ends_tile) sum = 0.f;", ""),
+    "the last 4 tokens are dropped": ("    if (place == 1) put_four();\n", ""),
+    "the next round is read too early": ("read_from(next, place == i - 2)", "read_from(next, i == 2)"),
+    "the second round is not staged": ("  stage(w.first + T, 1);\n", ""),
 }
 
 
@@ -127,8 +133,8 @@ def test_divisors_divide_all_that_a_grid_counts():
 
 
 PIECE_BREAKS = {
-    "the end of a chunk is not fetched": ("else if (t0 < w.end || ONE_PASS)", "else if (t0 + T < w.end || ONE_PASS)"),
-    "whole pieces are taken for such to the end": ("full && t0 + T <= w.end;", "full && t0 < w.end;"),
+    "the end of a chunk is not fetched": ("(ONE_PASS || t0 < w.end)", "(ONE_PASS || t0 + T < w.end)"),
+    "whole pieces are taken for such to the end": ("CHANNELS && t0 + T <= w.end;", "CHANNELS && t0 < w.end;"),
     "B and C are read as if contiguous": ("from[e * st.token]", "from[e]"),
     "one group's channels": ("w.g = digit(p.groups);", "w.g = digit(p.groups) * 0;"),
 }
