@@ -38,7 +38,8 @@ class Block(NamedTuple):
 
     @property
     def threads(self):
-        return 32 * self.walkers + self.in_pairs * self.channels * self.tokens // EACH
+        feeders = self.in_pairs * self.channels * self.tokens // EACH
+        return 4 * feeders if self.walkers == 3 else 32 * self.walkers + feeders
 
     @property
     def roomy(self):
@@ -50,10 +51,8 @@ def _pair(walkers, tokens):
     return Block(8, walkers, tokens, True)
 
 
-PAIRS = {  # from the smallest
-    "channel_major": (_pair(4, 128), _pair(4, 64), _pair(6, 64), _pair(8, 64), _pair(10, 64), _pair(12, 32)),
-    "token_major": (_pair(4, 64), _pair(6, 64), _pair(8, 64), _pair(10, 64), _pair(12, 32)),
-}
+PAIRS = (*(_pair(walkers, 64) for walkers in (3, 4, 6, 8, 10)), _pair(12, 32))  # from the smallest
+LAYOUTS = "channel_major", "token_major"
 
 
 def macros(
@@ -109,14 +108,14 @@ def _tuned(layout, name, block=None, dtypes=(torch.bfloat16, torch.float16, torc
 
 def _tuned_pairs(roomy):
     halves = (torch.bfloat16, torch.float16)  # float32 in pairs spills a word off sm_90
-    blocks = ((layout, block) for layout in PAIRS for block in PAIRS[layout] if block.roomy == roomy)
+    blocks = ((layout, block) for layout in LAYOUTS for block in PAIRS if block.roomy == roomy)
     return [variant for layout, block in blocks for variant in _tuned(layout, "scan_both", block, halves)]
 
 
 TUNED = [
     *(
         variant
-        for layout in PAIRS
+        for layout in LAYOUTS
         for name in ("scan_both", "scan_states", "scan_outputs")
         for variant in _tuned(layout, name)
     ),
@@ -130,7 +129,7 @@ TUNED_ON_HOPPER = _tuned_pairs(roomy=False)  # whose registers do on sm_90 and s
 class Plan:
     """All that the launches need but the addresses, for tensors of these shapes, strides, dtypes and alignments."""
 
-    launches: tuple  # (function, grid, threads, shared bytes, early), in order
+    launches: tuple  # (function, grid, threads, shared bytes), in order
     tiles: int  # of a sequence that is split, else 0
     numbers: bytes
     version: int
@@ -257,8 +256,8 @@ def _launch(plan, addresses, y, last):
         device_chunk,
     )
     params = pointers + plan.numbers
-    for function, grid, threads, shared, early in plan.launches:
-        _cuda.launch(function, grid, threads, shared, params, early=early)
+    for function, grid, threads, shared in plan.launches:
+        _cuda.launch(function, grid, threads, shared, params, early=True)
 
 
 # ---- plans -----------------------------------------------------------------------------------------------------------
@@ -303,19 +302,19 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
         softplus=delta_softplus,
     )
 
-    def launch(name, shared, early=False):
+    def launch(name, shared):
         function = _cuda.function(SOURCE, name, device, variant)
         if shared > 48 << 10:
             function.allow_shared(shared)
-        return function, (pieces, 1, 1), block.threads, shared, early
+        return function, (pieces, 1, 1), block.threads, shared
 
     without, with_outputs = (_shared_bytes(states, block, outputs) for outputs in (False, True))
     if split:
         carry = _cuda.function(CARRY, "scan_carry", device, (("N", states),))
         launches = (
             launch("scan_states", without),
-            (carry, (rows_of_state, 1, 1), CARRY_THREADS, 0, True),
-            launch("scan_outputs", with_outputs, early=True),
+            (carry, (rows_of_state, 1, 1), CARRY_THREADS, 0),
+            launch("scan_outputs", with_outputs),
         )
     else:
         launches = (launch("scan_both", with_outputs),)
@@ -329,10 +328,10 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
 
 
 # Blocks of 32 channels a multiprocessor with which one pass beats a split of 4096 tokens on an H200.
-ONE_PASS = ((0.95, 1), (1.35, math.inf))
+ONE_PASS = ((0.9, 1), (1.3, math.inf))
 ONE_PASS_IN_PAIRS = {
-    "channel_major": ((0.4, 0.5), (0.58, math.inf)),
-    "token_major": ((0.45, 0.5), (0.69, 1), (1.11, math.inf)),
+    "channel_major": ((0.355, 0.5), (0.54, math.inf)),
+    "token_major": ((0.405, 0.5), (0.66, 1), (1.05, math.inf)),
 }
 
 
@@ -369,16 +368,18 @@ def _pairs(u, groups, gpu):
     """The smallest blocks in pairs of which a multiprocessor gets at most one, and can hold it, or None.
 
     Warps that feed others must read whole vectors to keep up. In blocks that are not roomy float32 would spill what is
-    on its way from memory, and so wait for it.
+    on its way from memory, and so wait for it. Three warps walk only where every block has its 12 channels.
     """
     batch, channels, length = u.shape
     if _order(u, groups) not in (TOKENS_A_THREAD, CHANNELS_A_THREAD):
         return None
-    for block in PAIRS[_layout(u)]:
-        few = batch * groups * -(-(channels // groups) // block.channels) <= gpu.multi_processor_count
+    for block in PAIRS:
+        of_group = channels // groups
+        few = batch * groups * -(-of_group // block.channels) <= gpu.multi_processor_count
+        even = block.walkers > 3 or of_group % block.channels == 0
         fits = _shared_bytes(16, block, True) <= gpu.shared_memory_per_block_optin
         enough_registers = block.roomy or u.dtype.itemsize == 2
-        if few and fits and enough_registers and block.tokens < 2 * length:
+        if few and even and fits and enough_registers and block.tokens < 2 * length:
             return block
     return None
 
@@ -409,7 +410,7 @@ def token_major(x):
 
 
 def _layout(u):
-    return "token_major" if token_major(u) else "channel_major"
+    return LAYOUTS[token_major(u)]
 
 
 def _order(u, groups):

@@ -1,16 +1,16 @@
 // One pass with two lanes a share, where that makes at most one block a multiprocessor. The first WALKERS warps of a block
-// only walk, in rounds of T tokens; the others feed them: they stage what is two rounds ahead and finish what is two rounds
+// only walk, in rounds of T tokens; the others feed them: they stage what is two rounds ahead and finish what is one round
 // behind. Rounds lie in a ring of three in shared memory, so that a walk reads into the next round and never stops between.
 //
 // A share's second lane walks 4 tokens behind the first one and goes on from what that left among the shares: the chain of
 // `Lane::walk`, so the bits are the same.
 constexpr int RING = 3;
 
-__device__ __forceinline__ void meet() { wait_at_barrier(1, BLOCK); }  // of walkers and feeders, between rounds
-__device__ __forceinline__ void leave_round() { arrive_at_barrier(2, BLOCK); }  // nobody walks the round before any more,
-__device__ __forceinline__ void wait_until_left() { wait_at_barrier(2, BLOCK); }  // so its place is free
-__device__ __forceinline__ void second_is_staged() { arrive_at_barrier(3, BLOCK); }  // the second round of all
-__device__ __forceinline__ void wait_for_second() { wait_at_barrier(3, BLOCK); }
+__device__ __forceinline__ void meet() { wait_at_barrier(1, WORKERS); }  // of walkers and feeders, between rounds
+__device__ __forceinline__ void leave_round() { arrive_at_barrier(2, WORKERS); }  // nobody walks the round before any more,
+__device__ __forceinline__ void wait_until_left() { wait_at_barrier(2, WORKERS); }  // so its place is free
+__device__ __forceinline__ void second_is_staged() { arrive_at_barrier(3, WORKERS); }  // the second round of all
+__device__ __forceinline__ void wait_for_second() { wait_at_barrier(3, WORKERS); }
 
 struct Pair : Lane<true, true> {
   struct Raw { float4 step, in; alignas(16) float B[4][2]; };  // of 4 tokens
@@ -218,28 +218,25 @@ __device__ __forceinline__ void feed_pairs(const Params& p, const Place& w, Memo
   stage(w.first + T, 1);
   second_is_staged();
   fetch(w.first + 2 * T);
-  int behind = 1, ahead = 2, t0 = w.first;  // where the rounds two behind and two ahead lie
+  int free = 2, t0 = w.first;  // where the round before t0 lies, and the one two ahead of t0 will
 #pragma unroll 1
   for (; t0 < w.end; t0 += T) {
-    if (t0 > w.first + T) finish(t0 - 2 * T, behind);
-    if (t0 > w.first) fetch_gate(t0 - T);
     wait_until_left();
-    stage(t0 + 2 * T, ahead);
+    stage(t0 + 2 * T, free);
     fetch(t0 + 3 * T);
-    behind = ahead;
-    ahead = onward(ahead);
+    if (t0 > w.first) finish(t0 - T, free);  // its outputs are still there
+    fetch_gate(t0);
+    free = onward(free);
     meet();
   }
-  if (t0 > w.first + T) finish(t0 - 2 * T, behind);
-  fetch_gate(t0 - T);
   meet();
-  finish(t0 - T, ahead);
+  finish(t0 - T, free);
 }
 
 __device__ __forceinline__ void pass_in_pairs(const Params& p) {
+  wait_for_earlier_kernels();
   const Place w = locate(p);
-  if (!w.any) return;
   fill_constants(p, w);
   if (threadIdx.x < THREADS) walk_in_pairs(p, w, memory_of_block<true>());
-  else feed_pairs(p, w, memory_of_block<true>());
+  else if (!APART || threadIdx.x % 128 >= THREADS) feed_pairs(p, w, memory_of_block<true>());
 }

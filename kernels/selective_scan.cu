@@ -25,7 +25,10 @@ static_assert(SHARERS == 1 || IN_PAIRS && N == 2 * LANES);
 constexpr int ABREAST = 32 / LANES, CHANNELS = WALKERS * ABREAST;  // channels side by side in a warp; a block
 constexpr int T = TOKENS, EACH = 8;                                // tokens at a time; elements a thread
 constexpr int FEEDERS = CHANNELS * T / EACH;                       // threads that do what is element by element:
-constexpr int BLOCK = IN_PAIRS ? THREADS + FEEDERS : THREADS;      // in pairs others than those that walk
+constexpr int WORKERS = IN_PAIRS ? THREADS + FEEDERS : THREADS;    // in pairs others than those that walk
+// A multiprocessor issues from every fourth warp by turns. Where three warps walk, all that feed go to the fourth turn.
+constexpr bool APART = IN_PAIRS && WALKERS == 3;
+constexpr int BLOCK = APART ? 4 * FEEDERS : WORKERS;
 static_assert(IN_PAIRS || FEEDERS == THREADS);
 constexpr int BLOCKS = IN_PAIRS ? 1 : N <= 16 ? sizeof(T_U) > 2 ? 3 : 4 : N <= 64 ? 2 : 1;  // a multiprocessor
 
@@ -88,7 +91,10 @@ __device__ __forceinline__ Place locate(const Params& p) {
 // ---- elements of u, delta, z, y --------------------------------------------------------------------------------------
 
 // The thread's number among those that do what is element by element.
-__device__ __forceinline__ int feeder() { return IN_PAIRS ? int(threadIdx.x) - THREADS : threadIdx.x; }
+__device__ __forceinline__ int feeder() {
+  if (APART) return threadIdx.x / 128 * 32 + threadIdx.x % 32;
+  return IN_PAIRS ? int(threadIdx.x) - THREADS : threadIdx.x;
+}
 
 __device__ __forceinline__ void element(int e, int& c, int& t) {
   const int i = feeder(), k = e * FEEDERS + i;
@@ -222,7 +228,7 @@ template <class X, int LAYOUT> struct Projected {
   static constexpr int ALONG = OF_STATES ? (N + LONG - 1) / LONG : T / LONG;     // pieces along its vectors
   static constexpr int PIECES = OF_STATES ? ALONG * T : ALONG * ((N + 3) / 4);
   static constexpr int SHARE = FEEDERS / 2, EACH_THREAD = LAYOUT == CONSTANT ? 0 : (PIECES + SHARE - 1) / SHARE;
-  static constexpr bool AHEAD = EACH_THREAD > 0 && EACH_THREAD <= 2;  // loaded a round ahead, into registers
+  static constexpr bool AHEAD = EACH_THREAD > 0 && EACH_THREAD <= (IN_PAIRS ? 3 : 2);  // loaded a round ahead, into registers
   using Piece = Elements<X, LONG>[VECTORS];
   struct Pieces { Piece at[AHEAD ? EACH_THREAD : 1]; };
   const X *base, *at[AHEAD ? EACH_THREAD : 1];
@@ -555,9 +561,9 @@ __device__ __forceinline__ void fill_constants(const Params& p, const Place& w) 
 
 template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const Params& p) {
   Memory<FIND_Y>* memory = memory_of_block<FIND_Y>();
+  if (FIND_S) wait_for_earlier_kernels();
   const Place w = locate(p);
   if (!w.any) return;
-  if (!FIND_Y) let_next_kernel_begin();
   Elementwise<FIND_Y> elementwise(p, w, memory);
   constexpr bool ONE_PASS = FIND_S && FIND_Y;
   const auto fetch = [&](Inputs& to, int t0) {
@@ -574,7 +580,7 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
       if (FIND_Y) memory->C[i] = 0.f;
     }
   __syncthreads();
-  if (!FIND_S) wait_for_earlier_kernels();  // for the states before the tiles: all that was read so far is older
+  if (!FIND_S) wait_for_earlier_kernels();  // for the states before the tiles: all that was read so far was there before them
 
 #pragma unroll 1
   for (int t0 = w.first; t0 < w.end; t0 += T) {

@@ -352,7 +352,7 @@ def test_a_call_that_would_be_found_again_is_refused_for_an_equal_option(change,
         selective_scan(**inputs | {"chunk_size": 128} | change)
 
 
-PAIRS = _scan_cuda.PAIRS["channel_major"][0]
+PAIRS = _scan_cuda.PAIRS[1]
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,9 @@ class A100:
 @pytest.mark.parametrize(
     "gpu, shape, dtype, walkers_and_tokens",
     [
-        (H200, (1, 2048, 4096), torch.bfloat16, (4, 128)),
+        (H200, (1, 1536, 4096), torch.bfloat16, (3, 64)),
+        (H200, (1, 1520, 4096), torch.bfloat16, (4, 64)),  # not blocks of 12 channels
+        (H200, (1, 2048, 4096), torch.bfloat16, (4, 64)),
         (H200, (1, 3072, 4096), torch.float16, (6, 64)),
         (H200, (2, 2048, 4096), torch.float32, (8, 64)),
         (H200, (1, 5120, 4096), torch.bfloat16, (10, 64)),

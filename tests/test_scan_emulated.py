@@ -9,7 +9,7 @@ from corey import _scan_cuda
 from corey._scan_cuda import _divisor
 from corey.scan import selective_scan_ref
 
-PAIRS = _scan_cuda.PAIRS["channel_major"]
+PAIRS = _scan_cuda.PAIRS
 f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
 CHUNKS = (None, 128, 256, 384, 2**20 * 128, torch.tensor(200, dtype=torch.int32))
 
@@ -59,13 +59,14 @@ def test_values_are_right_and_chunks_never_change_a_bit(case, emulated):  # noqa
 
 
 IN_PAIRS = [
-    (0, {"dtype": f32, "length": 288, "memory": "forgetful"}),
+    (0, {"dtype": f32, "length": 288, "memory": "forgetful", "dim": 40}),
     (1, {"dtype": bf16, "length": 392, "B_kind": "grouped", "C_kind": "grouped"}),
     (2, {"dtype": f16, "length": 448, "B_kind": "constant"}),
     (3, {"dtype": bf16, "length": 385, "layout": "token_major", "B_kind": "grouped", "C_kind": "grouped"}),
     (4, {"dtype": f16, "length": 300, "layout": "token_major", "memory": "forgetful"}),
     (5, {"dtype": bf16, "length": 264}),
-    (0, {"dtype": bf16, "length": 512}),  # whole pieces only
+    (0, {"dtype": bf16, "length": 512, "dim": 36}),  # whole pieces only
+    (1, {"dtype": bf16, "length": 448}),
     (3, {"dtype": f16, "length": 320, "dim": 96, "layout": "token_major"}),
 ]
 
