@@ -38,8 +38,7 @@ class Block(NamedTuple):
 
     @property
     def threads(self):
-        feeders = self.in_pairs * self.channels * self.tokens // EACH
-        return 4 * feeders if self.walkers == 3 else 32 * self.walkers + feeders
+        return 32 * self.walkers + self.in_pairs * self.channels * self.tokens // EACH
 
     @property
     def roomy(self):
@@ -122,7 +121,7 @@ TUNED = [
     *_tuned_pairs(roomy=True),
     (CARRY, "scan_carry", (("N", 16),)),
 ]
-TUNED_ON_HOPPER = _tuned_pairs(roomy=False)  # whose registers do on sm_90 and sm_100
+TUNED_ON_HOPPER = _tuned_pairs(roomy=False)  # whose registers do there
 
 
 @dataclass(frozen=True)

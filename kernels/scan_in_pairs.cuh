@@ -6,11 +6,11 @@
 // `Lane::walk`, so the bits are the same.
 constexpr int RING = 3;
 
-__device__ __forceinline__ void meet() { wait_at_barrier(1, WORKERS); }  // of walkers and feeders, between rounds
-__device__ __forceinline__ void leave_round() { arrive_at_barrier(2, WORKERS); }  // nobody walks the round before any more,
-__device__ __forceinline__ void wait_until_left() { wait_at_barrier(2, WORKERS); }  // so its place is free
-__device__ __forceinline__ void second_is_staged() { arrive_at_barrier(3, WORKERS); }  // the second round of all
-__device__ __forceinline__ void wait_for_second() { wait_at_barrier(3, WORKERS); }
+__device__ __forceinline__ void meet() { wait_at_barrier(1, BLOCK); }  // of walkers and feeders, between rounds
+__device__ __forceinline__ void leave_round() { arrive_at_barrier(2, BLOCK); }  // nobody walks the round before any more,
+__device__ __forceinline__ void wait_until_left() { wait_at_barrier(2, BLOCK); }  // so its place is free
+__device__ __forceinline__ void second_is_staged() { arrive_at_barrier(3, BLOCK); }  // the second round of all
+__device__ __forceinline__ void wait_for_second() { wait_at_barrier(3, BLOCK); }
 
 struct Pair : Lane<true, true> {
   struct Raw { float4 step, in; alignas(16) float B[4][2]; };  // of 4 tokens
@@ -238,5 +238,5 @@ __device__ __forceinline__ void pass_in_pairs(const Params& p) {
   const Place w = locate(p);
   fill_constants(p, w);
   if (threadIdx.x < THREADS) walk_in_pairs(p, w, memory_of_block<true>());
-  else if (!APART || threadIdx.x % 128 >= THREADS) feed_pairs(p, w, memory_of_block<true>());
+  else feed_pairs(p, w, memory_of_block<true>());
 }

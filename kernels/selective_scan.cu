@@ -25,10 +25,7 @@ static_assert(SHARERS == 1 || IN_PAIRS && N == 2 * LANES);
 constexpr int ABREAST = 32 / LANES, CHANNELS = WALKERS * ABREAST;  // channels side by side in a warp; a block
 constexpr int T = TOKENS, EACH = 8;                                // tokens at a time; elements a thread
 constexpr int FEEDERS = CHANNELS * T / EACH;                       // threads that do what is element by element:
-constexpr int WORKERS = IN_PAIRS ? THREADS + FEEDERS : THREADS;    // in pairs others than those that walk
-// A multiprocessor issues from every fourth warp by turns. Where three warps walk, all that feed go to the fourth turn.
-constexpr bool APART = IN_PAIRS && WALKERS == 3;
-constexpr int BLOCK = APART ? 4 * FEEDERS : WORKERS;
+constexpr int BLOCK = IN_PAIRS ? THREADS + FEEDERS : THREADS;      // in pairs others than those that walk
 static_assert(IN_PAIRS || FEEDERS == THREADS);
 constexpr int BLOCKS = IN_PAIRS ? 1 : N <= 16 ? sizeof(T_U) > 2 ? 3 : 4 : N <= 64 ? 2 : 1;  // a multiprocessor
 
@@ -91,10 +88,7 @@ __device__ __forceinline__ Place locate(const Params& p) {
 // ---- elements of u, delta, z, y --------------------------------------------------------------------------------------
 
 // The thread's number among those that do what is element by element.
-__device__ __forceinline__ int feeder() {
-  if (APART) return threadIdx.x / 128 * 32 + threadIdx.x % 32;
-  return IN_PAIRS ? int(threadIdx.x) - THREADS : threadIdx.x;
-}
+__device__ __forceinline__ int feeder() { return IN_PAIRS ? int(threadIdx.x) - THREADS : threadIdx.x; }
 
 __device__ __forceinline__ void element(int e, int& c, int& t) {
   const int i = feeder(), k = e * FEEDERS + i;

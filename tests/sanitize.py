@@ -36,6 +36,7 @@ def scan():
     cases = [
         # shape, layout, dtype, B, C, options, chunks
         ((1, 40, 300, 16), "channel_major", bf16, "variable", "variable", OPTIONS, (None, 128, "device")),
+        ((1, 480, 256, 16), "channel_major", bf16, "variable", "variable", ("z", "D"), (128, 256)),  # whole pieces
         ((2, 24, 256, 16), "channel_major", f32, "grouped", "grouped", OPTIONS, (128, 256)),
         ((1, 40, 300, 16), "token_major", bf16, "variable", "variable", OPTIONS, (None, 128)),
         ((2, 17, 129, 16), "token_major", f16, "variable", "constant", ("z",), (128,)),
@@ -49,7 +50,8 @@ def scan():
     find_pairs = _scan_cuda._pairs
     for shape, layout, dtype, B, C, options, chunks in cases:
         inputs = gpu_inputs(*shape, layout=layout, dtype=dtype, B_kind=B, C_kind=C, groups=1, options=options)
-        for pairs in (find_pairs, lambda *_: None):  # one pass with two lanes a share, and with one
+        # one pass with two lanes a share, with one, and with two in large blocks
+        for pairs in (find_pairs, lambda *_: None, lambda *_: _scan_cuda.PAIRS[-2]):
             _scan_cuda._pairs = pairs
             _scan_cuda._plans.clear()
             for chunk in chunks:

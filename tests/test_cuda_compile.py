@@ -26,7 +26,7 @@ def test_tuned_kernels_compile_without_spills(module, arch, monkeypatch):
     monkeypatch.setattr(_cuda, "_compile", functools.cache(_cuda._compile))  # kernels of one source share a compile
     module = importlib.import_module(module)
     tuned = module.TUNED
-    if arch in ("sm_90", "sm_100"):
+    if arch == "sm_90":
         tuned = tuned + getattr(module, "TUNED_ON_HOPPER", [])
     assert tuned
     spills = {}
