@@ -116,7 +116,7 @@ def scan_resources(inputs: Mapping) -> dict:
 
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "delta_softplus")
     plan = _scan_cuda._plan(*(inputs[name] for name in names), None, None)
-    function, grid, threads, shared, _ = plan.launches[-1]
+    function, grid, threads, shared = plan.launches[-1]
     return {
         "launches": len(plan.launches),
         "registers": function.registers,

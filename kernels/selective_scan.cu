@@ -159,7 +159,7 @@ template <class X, bool VECTOR> struct Walker {
     for (int run = 0; run < RUNS; ++run) prefetch(at + (2 * T + run) * st.token);
   }
   static __device__ __forceinline__ int64 step(const Strides& st, int e) {  // from element e to the next
-    const int from = RUNS > 1 ? e : 0;  // one distance for all, where that is so, saves registers
+    const int from = RUNS > 1 || FEEDERS % T ? e : 0;  // one distance for all, where that is so, saves registers
     int c0, t0, c, t;
     element(from, c0, t0);
     element(from + 1, c, t);
