@@ -1,7 +1,8 @@
 // Runs a CUDA kernel on the CPU, for tests of its logic where there is no GPU. Every thread of a block is a fiber that
-// runs until it waits at a barrier; blocks run one after another, last first, and shared memory starts as garbage. It
-// knows what kernels/selective_scan.cu uses: barriers of a block, of some of its warps and of a warp, shuffles of whole
-// warps, no atomics, and exp2 and 1/x in place of the GPU's.
+// runs until it waits at a barrier or, with ON_THREADS, a thread that runs beside the others, for ThreadSanitizer. Blocks
+// run one after another, last first, and shared memory starts as garbage. It knows what kernels/selective_scan.cu uses:
+// barriers of a block, of some of its warps and of a warp, shuffles of whole warps, no atomics, and exp2 and 1/x in place
+// of the GPU's.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -10,7 +11,13 @@
 #include <cstring>
 #include <algorithm>
 #include <vector>
+#ifdef ON_THREADS
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#else
 #include <ucontext.h>
+#endif
 
 #define __device__
 #define __global__
@@ -55,11 +62,37 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
 
 struct Index { unsigned x, y, z; };
-struct Fiber { ucontext_t context; Index thread; bool done; std::vector<char> stack; };
 inline Index blockIdx, blockDim, gridDim;
+inline void* shared_memory;
+
+#ifdef ON_THREADS
+inline thread_local Index threadIdx;
+
+struct Barrier {
+  std::mutex mutex;
+  std::condition_variable next;
+  unsigned arrived = 0, round = 0;
+  void count(unsigned threads) {
+    if (++arrived < threads) return;
+    arrived = 0;
+    ++round;
+    next.notify_all();
+  }
+  void arrive(unsigned threads) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    count(threads);
+  }
+  void wait(unsigned threads) {
+    std::unique_lock<std::mutex> lock(mutex);
+    const unsigned mine = round;
+    count(threads);
+    next.wait(lock, [&] { return round != mine; });
+  }
+};
+#else
+struct Fiber { ucontext_t context; Index thread; bool done; std::vector<char> stack; };
 inline Fiber* running;
 inline ucontext_t scheduler;
-inline void* shared_memory;
 inline unsigned long passed;  // barriers and ends of threads: there is always a next one, or the block hangs
 #define threadIdx (running->thread)
 
@@ -77,6 +110,7 @@ struct Barrier {
     while (round == mine) swapcontext(&running->context, &scheduler);
   }
 };
+#endif
 inline Barrier block_barrier, barriers[16], warp_barriers[32];
 inline void __syncthreads() { block_barrier.wait(blockDim.x); }
 inline void __syncwarp() { warp_barriers[threadIdx.x / 32].wait(32); }
@@ -90,6 +124,25 @@ inline float __shfl_xor_sync(unsigned, float mine, int lanes) {
   return theirs;
 }
 
+#ifdef ON_THREADS
+template <class Params> void run_grid(void (*kernel)(const Params), const Params& params, unsigned grid, unsigned threads, size_t shared) {
+  gridDim = {grid, 1, 1};
+  blockDim = {threads, 1, 1};
+  shared_memory = aligned_alloc(128, (shared + 128) / 128 * 128);
+  for (unsigned block = grid; block-- > 0;) {
+    blockIdx = {block, 0, 0};
+    memset(shared_memory, 0xab, shared);
+    std::vector<std::thread> running;
+    for (unsigned t = 0; t < threads; ++t)
+      running.emplace_back([&, t] {
+        threadIdx = {t, 0, 0};
+        kernel(params);
+      });
+    for (auto& thread : running) thread.join();
+  }
+  free(shared_memory);
+}
+#else
 template <class Params> void run_grid(void (*kernel)(const Params), const Params& params, unsigned grid, unsigned threads, size_t shared) {
   static const Params* argument;
   static void (*entry)(const Params);
@@ -133,3 +186,4 @@ template <class Params> void run_grid(void (*kernel)(const Params), const Params
   }
   free(shared_memory);
 }
+#endif

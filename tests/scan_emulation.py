@@ -4,6 +4,7 @@ import ctypes
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -42,40 +43,26 @@ class Emulation:
 
     def _library(self, source, name, macros):
         if (name, macros) not in self.built:
-            folder = self.folder / str(len(self.built))
-            folder.mkdir()
-            for file, text in self.sources.items():
-                text = text.replace(
-                    "extern __shared__ __align__(16) float shared[];", "#define shared ((float*)shared_memory)"
-                )
-                (folder / file).write_text(text)
-            for empty in ("cuda_bf16.h", "cuda_fp16.h"):
-                (folder / empty).write_text("")
-            (folder / "run.cpp").write_text(_RUN.format(source=source, kernel=name))
-            flags = [
-                "-std=c++17",
-                "-O1",
-                "-mfma",
-                "-ffp-contract=off",
-                "-fno-strict-aliasing",
-                "-shared",
-                "-fPIC",
-                "-w",
-            ]
-            defines = [f"-D{name}={value}" for name, value in macros]
-            command = [
-                "g++",
-                *flags,
-                *defines,
-                f"-I{folder}",
-                f"-I{HERE}",
-                "-o",
-                str(folder / "run.so"),
-                str(folder / "run.cpp"),
-            ]
-            subprocess.run(command, check=True)
-            self.built[name, macros] = ctypes.CDLL(str(folder / "run.so"))
+            text = _RUN.format(source=source, kernel=name)
+            self.built[name, macros] = ctypes.CDLL(str(self.build(text, macros, "-shared", "-fPIC")))
         return self.built[name, macros]
+
+    def build(self, text, macros, *flags):
+        """The file that g++ makes of `text`, which includes the sources, in a folder of its own."""
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        for file, source in self.sources.items():
+            source = source.replace(
+                "extern __shared__ __align__(16) float shared[];", "#define shared ((float*)shared_memory)"
+            )
+            (folder / file).write_text(source)
+        for empty in ("cuda_bf16.h", "cuda_fp16.h"):
+            (folder / empty).write_text("")
+        (folder / "run.cpp").write_text(text)
+        exact = ["-O1", "-mfma", "-ffp-contract=off", "-fno-strict-aliasing"]
+        defines = [f"-D{name}={value}" for name, value in macros]
+        command = ["g++", "-std=c++17", "-w", *exact, *flags, *defines, f"-I{folder}", f"-I{HERE}"]
+        subprocess.run([*command, "-o", str(folder / "run"), str(folder / "run.cpp")], check=True)
+        return folder / "run"
 
 
 _INSTRUCTIONS = {  # in PTX, and in their place
