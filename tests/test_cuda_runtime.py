@@ -105,7 +105,7 @@ def test_common_compiles_for_every_dtype(sources, dtype):
             float x[Vec::SIZE];
             Vec::load(p.x + i).unpack(x);
             #pragma unroll
-            for (int j = 0; j < Vec::SIZE; j++) x[j] = softplus(x[j]) * sigmoid(x[j]);
+            for (int j = 0; j < Vec::SIZE; j++) x[j] = softplus<T_X>(x[j]) * sigmoid(x[j]);
             Vec::pack(x).store(p.y + i);
             p.y[0] = from_float<T_X>(to_float(p.x[1]));
         }
