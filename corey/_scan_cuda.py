@@ -372,8 +372,8 @@ def _pairs(u, groups, gpu):
     batch, channels, length = u.shape
     if _order(u, groups) not in (TOKENS_A_THREAD, CHANNELS_A_THREAD):
         return None
+    of_group = channels // groups
     for block in PAIRS:
-        of_group = channels // groups
         few = batch * groups * -(-of_group // block.channels) <= gpu.multi_processor_count
         even = block.walkers > 3 or of_group % block.channels == 0
         fits = _shared_bytes(16, block, True) <= gpu.shared_memory_per_block_optin
