@@ -64,6 +64,7 @@ class Programs(Emulation):
         done = subprocess.run([function.library, *sizes], cwd=folder, stderr=subprocess.PIPE, text=True)
         if "FATAL: ThreadSanitizer" in done.stderr:
             pytest.skip(f"ThreadSanitizer does not run here: {done.stderr.strip().splitlines()[0]}")
+        assert done.returncode in (0, 66), f"exit status {done.returncode}, where races make it 66: {done.stderr}"
         self.reports += done.stderr
 
 
