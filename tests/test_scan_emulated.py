@@ -74,7 +74,8 @@ IN_PAIRS = [
 @pytest.mark.parametrize("size, case", IN_PAIRS, ids=[f"{PAIRS[size]}, {case['length']}" for size, case in IN_PAIRS])
 def test_twice_the_lanes_give_the_same_bits(size, case, emulated, monkeypatch):  # noqa: F811
     inputs = make_inputs(options=OPTIONS, **{"batch": 2, "dim": 80} | case)
-    inputs["C"] = lay_out(inputs["C"].flatten(0, -3), "token_major").view(inputs["C"].shape)
+    for name in ("B", "C") if case.get("layout") == "token_major" else ("C",):
+        inputs[name] = lay_out(inputs[name].flatten(0, -3), "token_major").view(inputs[name].shape)
     inputs["u"][..., 260:] = 0  # a forgetful state dies out, towards a zero of either sign
     want = emulated(inputs, 128)
     use_pairs(monkeypatch, PAIRS[size])
@@ -90,24 +91,34 @@ def use_pairs(monkeypatch, block):
 PAIR_BREAKS = {
     "a round is overwritten while it is walked": ("    wait_until_left();\n", ""),
     "the second lane starts anew": (
-        "before = now ? place == 0 ? constants()->nothing : shares : before;",
-        "before = now ? constants()->nothing : before;",
+        "place == 0 ? constants()->nothing : memory->y",
+        "true ? constants()->nothing : memory->y",
     ),
     "the second lane does not wait": ("        step();\n        __syncwarp();\n", "        step();\n"),
-    "the second lane begins with a token": ("now.a[k / 2][k % 2] = 1.f;", "now.a[k / 2][k % 2] = 0.f;"),
-    "a tile goes on": ("end_tile(place == 1 && t0 > w.first && t0 % TILE == 0);", ""),
+    "the second lane keeps what it found too early": (
+        "h[i] = now ? H[i] : h[i];",
+        "h[i] = now && ends_one ? H[i] : h[i];",
+    ),
+    "a tile goes on": ("begin_tile(place == 1 && t0 % TILE == 0, t0 > w.first);", ";"),
+    "a tile before the first": (
+        "begin_tile(place == 1 && t0 % TILE == 0, t0 > w.first);",
+        "begin_tile(place == 1 && t0 % TILE == 0, true);",
+    ),
     "factors of two tiles": ("if (step == 3 && ends_tile) sum = 0.f;", ""),
-    "the last 4 tokens are dropped": ("    if (place == 1) put_four();\n", ""),
-    "the next round is read too early": ("read_from(next, place == i - 2)", "read_from(next, i == 2)"),
+    "the last tokens are dropped": ("for (int i = 0; i < LAG; ++i) step();", ""),
+    "the next round is read too early": ("step == LAG * lane - 2", "step == LAG * lane - 3"),
+    "shares and C are read too early": ("step == LAG * lane - (LAG - 1)", "step == LAG * lane - LAG"),
     "the second round is not staged": ("  stage(w.first + T, 1);\n", ""),
+    "skips another round": ("us[i] = us[i + 1];", "us[i] = us[i];"),
 }
 
 
+@pytest.mark.parametrize("size", [1, 3], ids=["a lag of two steps", "of one"])
 @pytest.mark.parametrize("old, new", PAIR_BREAKS.values(), ids=PAIR_BREAKS)
-def test_breaks_of_pairs_are_noticed(old, new, emulated, monkeypatch):  # noqa: F811
-    inputs = make_inputs(batch=1, dim=40, length=448, options=OPTIONS)  # whole rounds up to the end
+def test_breaks_of_pairs_are_noticed(old, new, size, emulated, monkeypatch):  # noqa: F811
+    inputs = make_inputs(batch=1, dim=40, length=448, dtype=bf16, options=OPTIONS)  # whole rounds up to the end
     want = emulated(inputs, 128)
-    use_pairs(monkeypatch, PAIRS[1])
+    use_pairs(monkeypatch, PAIRS[size])
     assert all(torch.equal(got, right) for got, right in zip(emulated(inputs, 2**20 * 128), want))
     assert not all(torch.equal(got, right) for got, right in zip(emulated(inputs, 2**20 * 128, edit(old, new)), want))
 
