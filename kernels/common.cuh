@@ -97,13 +97,13 @@ __device__ __forceinline__ void wait_for_earlier_kernels() {
 
 // ---- warps with different work ----
 
-// Barriers 1 to 15 of a block, for `threads` threads in whole warps, who need not be at the same instruction (bar.sync would
-// promise that). Who only arrives does not wait.
+// Barriers 1 to 15 of a block, for `threads` threads in whole warps, all of a warp together as at __syncthreads. (For the sake
+// of warps that are not, barrier.sync would keep a second copy of the code.) Who only arrives does not wait.
 __device__ __forceinline__ void wait_at_barrier(int barrier, int threads) {
-    asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 __device__ __forceinline__ void arrive_at_barrier(int barrier, int threads) {
-    asm volatile("barrier.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 __device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }

@@ -2,11 +2,9 @@
 // only walk, in rounds of T tokens; the others feed them: they stage what is two rounds ahead and finish what is one round
 // behind. Rounds lie in a ring of three in shared memory, so that a walk reads into the next round and never stops between.
 //
-// A share's second lane walks LAG steps of 4 tokens behind the first one and goes on from what that left among the shares:
-// the chain of `Lane::walk`, so the bits are the same. With a lag of two steps all that a step needs of shared memory is
-// read a step before it. That takes 12 registers, which large blocks have only if B and C are packed.
+// A share's second lane walks two steps of 4 tokens behind the first one and goes on from what that left among the shares: the
+// chain of `Lane::walk`, so the bits are the same. Two steps, so that a step reads nothing from shared memory that it needs itself.
 constexpr int RING = 3;
-constexpr int LAG = BLOCK < 512 || PACKED<T_B> && PACKED<T_C> ? 2 : 1;
 
 __device__ __forceinline__ void meet() { wait_at_barrier(1, BLOCK); }  // of walkers and feeders, between rounds
 __device__ __forceinline__ void leave_round() { arrive_at_barrier(2, BLOCK); }  // nobody walks the round before any more,
@@ -15,14 +13,14 @@ __device__ __forceinline__ void second_is_staged() { arrive_at_barrier(3, BLOCK)
 __device__ __forceinline__ void wait_for_second() { wait_at_barrier(3, BLOCK); }
 
 struct Pair : Lane<true, true> {
-  struct Raw { float4 step, in; TwoStates<T_B> B; };  // of 4 tokens
-  struct Four { float a[4][2], x[4][2]; };            // what they do to two states
-  struct Chain { float4 part; TwoStates<T_C> C; };    // a share so far, and what goes on with it
+  struct Raw { float4 step, in; alignas(16) float B[4][2]; };  // of 4 tokens
+  struct Four { float a[4][2], x[4][2]; };                      // what they do to two states
+  struct Chain { float4 part; alignas(16) float C[4][2]; };     // shares so far, and what goes on with them
   const float *steps, *Bs, *Cs, *before;
   float* shares;
   Raw raw;      // 8 tokens ahead of the walk
+  Chain chain;  // 4 ahead
   Four now;
-  Chain chain;  // of the next 4 tokens, where LAG is 2
   float total, factor[STATES];  // of the tile that ends next
 
   __device__ __forceinline__ Pair(const Params& p, const Place& w, Memory<true>* memory) : Lane(p, w, memory) {}
@@ -31,27 +29,32 @@ struct Pair : Lane<true, true> {
   // it begins its tile, and in the last place of the ring.
   __device__ __forceinline__ void begin(Memory<true>* ring) {
     write_to(ring + RING - 1, true);
-    shares += T - 4 * LAG;
+    shares += T - 8;
     use_from(ring, true);
     before = constants()->nothing;
     read_from(ring, true);
     raw = load_four();
     now = find_four();
-    turn_to(ring, -1, w.first);
     raw = load_four();
-    if (LAG == 2) chain = load_chain();
+    chain = load_chain();
   }
 
   // No lane goes another way than the others here: branches would cost more than what they leave out.
-  __device__ __forceinline__ void walk_round(int t0, Memory<true>* next) {
+  __device__ __forceinline__ void walk_round(int t0, const Memory<true>* next) {
     const float* mine_of_steps = memory->step + row_of(mine) + 4 * share;
+    write_to(memory, place == 0);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      turn_to(memory, i, t0);
+      if (i == 0) read_from(memory, place == 1);
+      if (i == 1) use_from(memory, place == 1);
+      if (i == 2) {
+        begin_tile(place == 1 && t0 % TILE == 0, t0 > w.first);
+        write_to(memory, place == 1);
+      }
       add_groups(mine_of_steps, i);
       step();
       __syncwarp();
-      if (i == LAG - 1) leave_round();
+      if (i == 1) leave_round();
     }
 #pragma unroll 2
     for (int t = 32; t < T; t += 16) {  // all but 16 tokens at either end
@@ -66,7 +69,8 @@ struct Pair : Lane<true, true> {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       find_factors(i, ends_tile);
-      turn_to(next, i - 4, t0 + T);
+      if (i == 2) read_from(next, place == 0);
+      if (i == 3) use_from(next, place == 0);
       step();
       __syncwarp();
     }
@@ -75,8 +79,8 @@ struct Pair : Lane<true, true> {
 
   __device__ __forceinline__ void end() {
     if (place == 1) {
-#pragma unroll
-      for (int i = 0; i < LAG; ++i) step();
+      step();
+      step();
     }
     begin_tile(place == 1, true);
 #pragma unroll
@@ -85,16 +89,7 @@ struct Pair : Lane<true, true> {
   }
 
  private:
-  // What changes before a step of the round from t0, counted from its first. Inputs are read two steps before they are walked.
-  __device__ __forceinline__ void turn_to(Memory<true>* memory, int step, int t0) {
-#pragma unroll
-    for (int lane = 0; lane < 2; ++lane) {
-      if (step == LAG * lane) write_to(memory, place == lane);
-      if (step == LAG * lane - (LAG - 1)) use_from(memory, place == lane);
-      if (step == LAG * lane && lane == 1) begin_tile(place == 1 && t0 % TILE == 0, t0 > w.first);
-      if (step == LAG * lane - 2) read_from(memory, place == lane);
-    }
-  }
+  // Inputs are read two steps before their lane walks them, C and the shares so far one step before.
   __device__ __forceinline__ void read_from(const Memory<true>* memory, bool now) {
     steps = now ? memory->step + row_of(mine) : steps;
     Bs = now ? memory->B + quad(0, sub) : Bs;
@@ -115,18 +110,20 @@ struct Pair : Lane<true, true> {
   __device__ __forceinline__ void step() {  // 4 tokens, while the exps of the next 4 and the reads of those after are on their way
     const Four next = find_four();
     raw = load_four();
-    const Chain goes_on = LAG == 2 ? chain : load_chain();
-    if (LAG == 2) chain = load_chain();
-    put_four(goes_on);
+    const Chain later = load_chain();
+    put_four();
     now = next;
+    chain = later;
   }
   __device__ __forceinline__ Raw load_four() {
     Raw of;
     of.step = *(const float4*)steps;
     of.in = *(const float4*)(steps + ROWS);
-    if (LAYOUT_B != CONSTANT) of.B.load(Bs);
+#pragma unroll
+    for (int j = 0; j < 4; j += 2)
+      if (LAYOUT_B != CONSTANT) *(float4*)of.B[j] = *(const float4*)(Bs + quad(j, 0));
     steps += 4;
-    Bs += FOUR_TOKENS<T_B>;
+    Bs += quad(4, 0);
     return of;
   }
   __device__ __forceinline__ Four find_four() const {
@@ -136,28 +133,31 @@ struct Pair : Lane<true, true> {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         of.a[j][i] = ex2(__fmul_rn(A[i], (&raw.step.x)[j]));
-        of.x[j][i] = __fmul_rn((&raw.in.x)[j], LAYOUT_B == CONSTANT ? fixed_B[i] : raw.B.at(j, i));
+        of.x[j][i] = __fmul_rn((&raw.in.x)[j], LAYOUT_B == CONSTANT ? fixed_B[i] : raw.B[j][i]);
       }
     return of;
   }
   __device__ __forceinline__ Chain load_chain() {
     Chain of;
     of.part = *(const float4*)before;
-    if (LAYOUT_C != CONSTANT) of.C.load(Cs);
+#pragma unroll
+    for (int j = 0; j < 4; j += 2)
+      if (LAYOUT_C != CONSTANT) *(float4*)of.C[j] = *(const float4*)(Cs + quad(j, 0));
     before += 4;
-    Cs += FOUR_TOKENS<T_C>;
+    Cs += quad(4, 0);
     return of;
   }
-  __device__ __forceinline__ void put_four(Chain of) {
+  __device__ __forceinline__ void put_four() {
+    float4 part = chain.part;
 #pragma unroll
     for (int j = 0; j < 4; ++j)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         s[i] = fmaf(now.a[j][i], s[i], now.x[j][i]);
         h[i] = fmaf(now.a[j][i], h[i], now.x[j][i]);
-        (&of.part.x)[j] = fmaf(h[i], LAYOUT_C == CONSTANT ? fixed_C[i] : of.C.at(j, i), (&of.part.x)[j]);
+        (&part.x)[j] = fmaf(h[i], LAYOUT_C == CONSTANT ? fixed_C[i] : chain.C[j][i], (&part.x)[j]);
       }
-    *(float4*)shares = of.part;
+    *(float4*)shares = part;
     shares += 4;
   }
 
@@ -202,9 +202,8 @@ __device__ __forceinline__ void walk_in_pairs(const Params& p, const Place& w, M
 
 __device__ __forceinline__ void feed_pairs(const Params& p, const Place& w, Memory<true>* ring) {
   Elementwise<true> elementwise(p, w, ring);
-  Inputs coming;
-  Elements<T_U, EACH> us[4];  // of the round behind, this one and two ahead: loading them twice would take longer
-  Elements<T_Z, EACH> gate;
+  Inputs coming, gates;
+  Elements<T_U, EACH> us[3];  // of a round and the next two: reading u again to finish y would take longer
   const auto fetch = [&](int t0) {
     if (is_whole(w, t0)) elementwise.template fetch<true>(coming, t0);
     else if (is_partial(w, t0)) elementwise.template fetch<false>(coming, t0);
@@ -213,25 +212,27 @@ __device__ __forceinline__ void feed_pairs(const Params& p, const Place& w, Memo
     elementwise.memory = ring + place;
     if (is_whole(w, t0)) elementwise.template stage<true>(coming, t0);
     else if (is_partial(w, t0)) elementwise.template stage<false>(coming, t0);
+    gates.u = us[0];
+    us[0] = us[1];
+    us[1] = us[2];
+    us[2] = coming.u;
   };
   const auto fetch_gate = [&](int t0) {  // this and `finish` of tokens that are there
-    if (WHOLE || is_whole(w, t0)) elementwise.template fetch_gate<true>(gate, t0);
-    else elementwise.template fetch_gate<false>(gate, t0);
+    if (WHOLE || is_whole(w, t0)) elementwise.template fetch_gate<true>(gates, t0);
+    else elementwise.template fetch_gate<false>(gates, t0);
   };
   const auto finish = [&](int t0, int place) {
     elementwise.memory = ring + place;
-    if (WHOLE || is_whole(w, t0)) elementwise.template finish<true>(us[0], gate, t0);
-    else elementwise.template finish<false>(us[0], gate, t0);
+    if (WHOLE || is_whole(w, t0)) elementwise.template finish<true>(gates, t0);
+    else elementwise.template finish<false>(gates, t0);
   };
 
   fetch(w.first);
   meet();
   stage(w.first, 0);
-  us[1] = coming.u;
   fetch(w.first + T);
   meet();
   stage(w.first + T, 1);
-  us[2] = coming.u;
   second_is_staged();
   fetch(w.first + 2 * T);
   int free = 2, t0 = w.first;  // where the round before t0 lies, and the one two ahead of t0 will
@@ -239,16 +240,14 @@ __device__ __forceinline__ void feed_pairs(const Params& p, const Place& w, Memo
   for (; t0 < w.end; t0 += T) {
     wait_until_left();
     stage(t0 + 2 * T, free);
-    us[3] = coming.u;
     fetch(t0 + 3 * T);
     if (t0 > w.first) finish(t0 - T, free);  // its outputs are still there
     fetch_gate(t0);
-#pragma unroll
-    for (int i = 0; i < 3; ++i) us[i] = us[i + 1];
     free = onward(free);
     meet();
   }
   meet();
+  gates.u = us[0];
   finish(t0 - T, free);
 }
 

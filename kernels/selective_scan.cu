@@ -65,6 +65,9 @@ __device__ __forceinline__ bool is_partial(const Place& w, int t0) { return !WHO
 
 __device__ __forceinline__ Place locate(const Params& p) {
   Place w;
+  const int tiles = (p.length - 1) / TILE + 1;
+  const int asked = p.device_chunk ? *p.device_chunk : p.chunk;
+  const int chunk = min(max((asked - 1) / TILE + 1, 1), tiles) * TILE;
   unsigned i = blockIdx.x;
   const auto digit = [&](const Divisor& d) {  // the grid counts blocks fastest, then groups, batch rows and chunks
     const unsigned n = i;
@@ -76,18 +79,9 @@ __device__ __forceinline__ Place locate(const Params& p) {
   w.b = digit(p.batch);
   w.channel = w.g * p.group_channels + block * CHANNELS;
   w.channels = min(CHANNELS, p.group_channels - block * CHANNELS);
-#if SPLIT
-  const int tiles = (p.length - 1) / TILE + 1;
-  const int asked = p.device_chunk ? *p.device_chunk : p.chunk;
-  const int chunk = min(max((asked - 1) / TILE + 1, 1), tiles) * TILE;
   w.any = (int64)i * chunk < p.length;
   w.first = i * chunk;
   w.end = min(w.first + chunk, p.length);
-#else
-  w.any = true;
-  w.first = 0;
-  w.end = p.length;
-#endif
   return w;
 }
 
@@ -222,25 +216,6 @@ template <bool ALL> __device__ __forceinline__ void store(Walker<T_U, VECTOR_Y>&
 // many tokens hit different banks. A thread writes two quads at a time, or halves of four.
 __device__ __forceinline__ int quad(int t, int q) { return 4 * (t * QUADS + t / 2 + q); }
 
-// Where lanes hold 2 states, vectors of 16-bit states stay as they are: a quad is then 2 states, packed in a word, of 4 tokens,
-// and those of the same 4 tokens are neighbours. Vectors of tokens would have to be turned, and walks are faster unpacked.
-template <class X> constexpr bool PACKED = STATES == 2 && sizeof(X) == 2 && LAYOUT_B == VECTORS_OF_STATES && LAYOUT_C == VECTORS_OF_STATES;
-template <class X> constexpr int FOUR_TOKENS = PACKED<X> ? 4 * (QUADS * 2 + 1) : 4 * (QUADS * 4 + 2);  // from 4 tokens to the next
-
-template <class X> struct TwoStates {  // of 4 tokens
-  alignas(16) float words[PACKED<X> ? 4 : 8];
-  __device__ __forceinline__ void load(const float* from) {
-    *(float4*)words = *(const float4*)from;
-    if constexpr (!PACKED<X>) *(float4*)(words + 4) = *(const float4*)(from + quad(2, 0));
-  }
-  __device__ __forceinline__ float at(int t, int i) const {
-    if constexpr (!PACKED<X>) return words[2 * t + i];
-    float both[2];
-    unpack_word(__float_as_uint(words[t]), both, X());
-    return both[i];
-  }
-};
-
 template <class X, int LAYOUT> struct Projected {
   static constexpr bool OF_STATES = LAYOUT == VECTORS_OF_STATES;
   static constexpr int VECTORS = OF_STATES ? 1 : 4, LONG = 8 / VECTORS;  // of a piece: two quads
@@ -285,12 +260,6 @@ template <class X, int LAYOUT> struct Projected {
   static __device__ __forceinline__ void put_piece(float* s, const Piece& from, int i) {
     int n, t;
     start(i, n, t);
-    if constexpr (PACKED<X>) {
-      s += t / 4 * FOUR_TOKENS<X> + n / 2 * 4 + t % 4;
-#pragma unroll
-      for (int q = 0; q < 4; ++q) s[4 * q] = __uint_as_float(from[0].words[q]);
-      return;
-    }
     float f[VECTORS][LONG];
 #pragma unroll
     for (int v = 0; v < VECTORS; ++v) from[v].unpack(f[v]);
@@ -388,9 +357,9 @@ template <bool FIND_Y> struct Elementwise {
     else if (FIND_Y) C.template load<ALL>(to.C, p.sC, t0, w.end);
   }
 
-  template <bool ALL> __device__ __forceinline__ void fetch_gate(Elements<T_Z, EACH>& to, int t0) {  // for a `finish` long after `fetch`
+  template <bool ALL> __device__ __forceinline__ void fetch_gate(Inputs& to, int t0) {  // for a `finish` long after `fetch`
     if (ALL && HAS_Z && t0 + 3 * T <= w.end) z.prefetch_later(p.sz);
-    if (HAS_Z) load<ALL>(to, z, p.sz, t0, w);
+    if (HAS_Z) load<ALL>(to.z, z, p.sz, t0, w);
   }
 
   // This thread's elements of rows in shared memory, to and fro.
@@ -450,8 +419,7 @@ template <bool FIND_Y> struct Elementwise {
     else if (FIND_Y) C.put(memory->C, from.C, p.sC, t0, w.end);
   }
 
-  // Sums the shares, skips and gates.
-  template <bool ALL> __device__ __forceinline__ void finish(const Elements<T_U, EACH>& u, const Elements<T_Z, EACH>& z, int t0) {
+  template <bool ALL> __device__ __forceinline__ void finish(const Inputs& from, int t0) {  // sum the shares, skip and gate
     float out[EACH], skip[EACH], gate[EACH];
     int c, t;
 #pragma unroll
@@ -461,8 +429,8 @@ template <bool FIND_Y> struct Elementwise {
 #pragma unroll
       for (int e = 0; e < EACH; ++e) out[e] = l ? __fadd_rn(out[e], share[e]) : share[e];
     }
-    u.unpack(skip);
-    z.unpack(gate);
+    from.u.unpack(skip);
+    from.z.unpack(gate);
 #pragma unroll
     for (int e = 0; e < EACH; ++e) {
       element(e, c, t);
@@ -620,8 +588,8 @@ template <bool FIND_S, bool FIND_Y> __device__ __forceinline__ void pass(const P
     if (FIND_S && ((t0 + T) % TILE == 0 || t0 + T >= w.end)) lane.end_tile(t0);
     __syncthreads();
     if (FIND_Y) {
-      if (WHOLE || all) elementwise.template finish<true>(now.u, now.z, t0);
-      else elementwise.template finish<false>(now.u, now.z, t0);
+      if (WHOLE || all) elementwise.template finish<true>(now, t0);
+      else elementwise.template finish<false>(now, t0);
     }
     now = next;
   }

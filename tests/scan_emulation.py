@@ -68,8 +68,8 @@ class Emulation:
 _INSTRUCTIONS = {  # in PTX, and in their place
     "ex2": "y = exp2f(x);",
     "rcp": "y = 1.0f / x;",
-    "barrier.sync": "barriers[barrier].wait(threads);",
-    "barrier.arrive": "barriers[barrier].arrive(threads);",
+    "bar.sync": "barriers[barrier].wait(threads);",
+    "bar.arrive": "barriers[barrier].arrive(threads);",
     "prefetch": "",
 }
 _RUN = """#include "cuda_on_cpu.h"
