@@ -203,7 +203,7 @@ __device__ __forceinline__ void walk_in_pairs(const Params& p, const Place& w, M
 __device__ __forceinline__ void feed_pairs(const Params& p, const Place& w, Memory<true>* ring) {
   Elementwise<true> elementwise(p, w, ring);
   Inputs coming, gates;
-  Elements<T_U, EACH> us[3];  // of a round and the next two: reading u again to finish y would take longer
+  Elements<T_U, EACH> us[3];  // of rounds staged and not finished: reading u again for that would take longer
   const auto fetch = [&](int t0) {
     if (is_whole(w, t0)) elementwise.template fetch<true>(coming, t0);
     else if (is_partial(w, t0)) elementwise.template fetch<false>(coming, t0);
@@ -212,7 +212,7 @@ __device__ __forceinline__ void feed_pairs(const Params& p, const Place& w, Memo
     elementwise.memory = ring + place;
     if (is_whole(w, t0)) elementwise.template stage<true>(coming, t0);
     else if (is_partial(w, t0)) elementwise.template stage<false>(coming, t0);
-    gates.u = us[0];
+    gates.u = us[0];  // of three rounds before
     us[0] = us[1];
     us[1] = us[2];
     us[2] = coming.u;

@@ -109,7 +109,7 @@ PAIR_BREAKS = {
     "the next round is read too early": ("if (i == 2) read_from(next", "if (i == 1) read_from(next"),
     "shares and C are read too late": ("if (i == 1) use_from(memory", "if (i == 2) use_from(memory"),
     "the second round is not staged": ("  stage(w.first + T, 1);\n", ""),
-    "u of another round": ("gates.u = us[0];\n    us[0]", "gates.u = us[1];\n    us[0]"),
+    "u of another round": ("us[0] = us[1];", "us[0] = us[2];"),
 }
 
 
