@@ -48,7 +48,7 @@ struct Pair : Lane<true, true> {
       if (i == 0) read_from(memory, place == 1);
       if (i == 1) use_from(memory, place == 1);
       if (i == 2) {
-        begin_tile(place == 1 && t0 % TILE == 0, t0 > w.first);
+        next_tile(place == 1 && t0 % TILE == 0, t0 > w.first);
         write_to(memory, place == 1);
       }
       add_groups(mine_of_steps, i);
@@ -74,7 +74,7 @@ struct Pair : Lane<true, true> {
       step();
       __syncwarp();
     }
-    begin_tile(place == 0 && ends_tile, true);
+    next_tile(place == 0 && ends_tile, true);
   }
 
   __device__ __forceinline__ void end() {
@@ -82,7 +82,7 @@ struct Pair : Lane<true, true> {
       step();
       step();
     }
-    begin_tile(place == 1, true);
+    next_tile(place == 1, true);
 #pragma unroll
     for (int i = 0; i < STATES; ++i)
       if (exists(i)) p.last[row * N + sub * STATES + i] = H[i];
@@ -170,7 +170,8 @@ struct Pair : Lane<true, true> {
       for (int i = 0; i < STATES; ++i) factor[i] = factor_of(A[i], total);
     if (step == 3 && ends_tile) sum = 0.f;
   }
-  __device__ __forceinline__ void begin_tile(bool now, bool ends_one) {
+  // What a lane has found of tokens before belongs to the tile that it ends, or to none.
+  __device__ __forceinline__ void next_tile(bool now, bool ends_one) {
 #pragma unroll
     for (int i = 0; i < STATES; ++i) {
       const float after = carry(factor[i], H[i], s[i]);

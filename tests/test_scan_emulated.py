@@ -99,10 +99,10 @@ PAIR_BREAKS = {
         "h[i] = now ? H[i] : h[i];",
         "h[i] = now && ends_one ? H[i] : h[i];",
     ),
-    "a tile goes on": ("begin_tile(place == 1 && t0 % TILE == 0, t0 > w.first);", ";"),
+    "a tile goes on": ("next_tile(place == 1 && t0 % TILE == 0, t0 > w.first);", ";"),
     "a tile before the first": (
-        "begin_tile(place == 1 && t0 % TILE == 0, t0 > w.first);",
-        "begin_tile(place == 1 && t0 % TILE == 0, true);",
+        "next_tile(place == 1 && t0 % TILE == 0, t0 > w.first);",
+        "next_tile(place == 1 && t0 % TILE == 0, true);",
     ),
     "factors of two tiles": ("if (step == 3 && ends_tile) sum = 0.f;", ""),
     "the last tokens are dropped": ("      step();\n      step();\n", "      step();\n"),
