@@ -38,7 +38,9 @@ class Block(NamedTuple):
 
     @property
     def threads(self):
-        return 32 * self.walkers + self.in_pairs * self.channels * self.tokens // EACH
+        feeders = self.in_pairs * self.channels * self.tokens // EACH
+        busy = self.walkers % 4 if self.in_pairs and self.walkers < 8 else 0  # schedulers without feeding warps
+        return 32 * (self.walkers - busy) + feeders * 4 // (4 - busy)
 
     @property
     def roomy(self):
@@ -401,7 +403,8 @@ def _shared_bytes(states, block, with_outputs):
     projection = tokens * shares * max(4, -(-states // (4 * shares)) * 4) + 2 * tokens
     constants = 2 * channels + (tokens if block.in_pairs else 4)
     memory = 2 * rows + projection + (projection + shares * rows if with_outputs else 8)
-    return 4 * (constants + memory * (RING if block.in_pairs else 1))
+    barriers = 4
+    return 4 * (constants + (RING * (memory + barriers) if block.in_pairs else memory))
 
 
 def token_major(x):

@@ -97,14 +97,27 @@ __device__ __forceinline__ void wait_for_earlier_kernels() {
 
 // ---- warps with different work ----
 
-// Barriers 1 to 15 of a block, for `threads` threads in whole warps, all of a warp together as at __syncthreads. (For the sake
-// of warps that are not, barrier.sync would keep a second copy of the code.) Who only arrives does not wait.
-__device__ __forceinline__ void wait_at_barrier(int barrier, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void arrive_at_barrier(int barrier, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
+#if __CUDA_ARCH__ >= 900
+#define TRY_WAIT "try_wait"  // sleeps meanwhile
+#else
+#define TRY_WAIT "test_wait"
+#endif
+
+// A barrier in shared memory that opens whenever `count` threads have arrived. Who arrives does not wait for it to open.
+struct Mbarrier {
+    uint64 word;
+
+    __device__ __forceinline__ void begin(int count) {
+        asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(uint32(__cvta_generic_to_shared(&word))), "r"(count) : "memory");
+    }
+    __device__ __forceinline__ void arrive() {
+        asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(uint32(__cvta_generic_to_shared(&word))) : "memory");
+    }
+    // By whole warps, until it has opened for the first time where parity is 0, then the second where it is 1, and so on.
+    __device__ __forceinline__ void wait(int parity) {
+        asm volatile("{.reg .pred open;\nAGAIN:\nmbarrier." TRY_WAIT ".parity.shared.b64 open, [%0], %1;\n@!open bra.uni AGAIN;\n}" ::"r"(uint32(__cvta_generic_to_shared(&word))), "r"(parity) : "memory");
+    }
+};
 
 __device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 

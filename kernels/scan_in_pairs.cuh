@@ -6,11 +6,13 @@
 // chain of `Lane::walk`, so the bits are the same. Two steps, so that a step reads nothing from shared memory that it needs itself.
 constexpr int RING = 3;
 
-__device__ __forceinline__ void meet() { wait_at_barrier(1, BLOCK); }  // of walkers and feeders, between rounds
-__device__ __forceinline__ void leave_round() { arrive_at_barrier(2, BLOCK); }  // nobody walks the round before any more,
-__device__ __forceinline__ void wait_until_left() { wait_at_barrier(2, BLOCK); }  // so its place is free
-__device__ __forceinline__ void second_is_staged() { arrive_at_barrier(3, BLOCK); }  // the second round of all
-__device__ __forceinline__ void wait_for_second() { wait_at_barrier(3, BLOCK); }
+// All threads arrive at its barriers, not one for its warp, which costs no time: racecheck knows no order through __syncwarp.
+struct Round : Memory<true> {
+  Mbarrier staged;  // those that feed have staged it, and finished what was here before
+  Mbarrier left;    // those that walk are in this round, and have left the one before
+};
+
+__device__ __forceinline__ int onward(int place) { return place + 1 == RING ? 0 : place + 1; }
 
 struct Pair : Lane<true, true> {
   struct Raw { float4 step, in; alignas(16) float B[4][2]; };  // of 4 tokens
@@ -40,7 +42,8 @@ struct Pair : Lane<true, true> {
   }
 
   // No lane goes another way than the others here: branches would cost more than what they leave out.
-  __device__ __forceinline__ void walk_round(int t0, const Memory<true>* next) {
+  __device__ __forceinline__ void walk_round(int t0, Round& round, Round& next, int parity) {  // of `next`
+    memory = &round;
     const float* mine_of_steps = memory->step + row_of(mine) + 4 * share;
     write_to(memory, place == 0);
 #pragma unroll
@@ -54,7 +57,7 @@ struct Pair : Lane<true, true> {
       add_groups(mine_of_steps, i);
       step();
       __syncwarp();
-      if (i == 1) leave_round();
+      if (i == 1) round.left.arrive();
     }
 #pragma unroll 2
     for (int t = 32; t < T; t += 16) {  // all but 16 tokens at either end
@@ -64,13 +67,15 @@ struct Pair : Lane<true, true> {
         __syncwarp();
       }
     }
-    if (t0 == w.first) wait_for_second();
     const bool ends_tile = (t0 + T) % TILE == 0 || t0 + T >= w.end;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       find_factors(i, ends_tile);
-      if (i == 2) read_from(next, place == 0);
-      if (i == 3) use_from(next, place == 0);
+      if (i == 2) {
+        next.staged.wait(parity);
+        read_from(&next, place == 0);
+      }
+      if (i == 3) use_from(&next, place == 0);
       step();
       __syncwarp();
     }
@@ -182,26 +187,23 @@ struct Pair : Lane<true, true> {
   }
 };
 
-__device__ __forceinline__ int onward(int place) { return place + 1 == RING ? 0 : place + 1; }
-
-__device__ __forceinline__ void walk_in_pairs(const Params& p, const Place& w, Memory<true>* ring) {
+__device__ __forceinline__ void walk_in_pairs(const Params& p, const Place& w, Round* ring) {
   Pair lane(p, w, ring);
-  meet();
-  meet();
+  ring->staged.wait(0);
   lane.begin(ring);
-  int t0 = w.first;
+  int now = 0, parity = 0;
 #pragma unroll 1
-  for (int now = 0; t0 < w.end; t0 += T) {
-    lane.memory = ring + now;
+  for (int t0 = w.first; t0 < w.end; t0 += T) {
+    Round& round = ring[now];
     now = onward(now);
-    lane.walk_round(t0, ring + now);
-    meet();
+    parity ^= now == 0;
+    lane.walk_round(t0, round, ring[now], parity);
   }
   lane.end();
-  meet();
+  ring[now].left.arrive();
 }
 
-__device__ __forceinline__ void feed_pairs(const Params& p, const Place& w, Memory<true>* ring) {
+__device__ __forceinline__ void feed_pairs(const Params& p, const Place& w, Round* ring) {
   Elementwise<true> elementwise(p, w, ring);
   Inputs coming, gates;
   Elements<T_U, EACH> us[3];  // of rounds staged and not finished: reading u again for that would take longer
@@ -229,25 +231,27 @@ __device__ __forceinline__ void feed_pairs(const Params& p, const Place& w, Memo
   };
 
   fetch(w.first);
-  meet();
   stage(w.first, 0);
+  ring[0].staged.arrive();
   fetch(w.first + T);
-  meet();
   stage(w.first + T, 1);
-  second_is_staged();
+  ring[1].staged.arrive();
   fetch(w.first + 2 * T);
-  int free = 2, t0 = w.first;  // where the round before t0 lies, and the one two ahead of t0 will
+  int t0 = w.first, now = 0, parity = 0;
+  int free = RING - 1;  // where the round before t0 lies, and the one two ahead of t0 will
 #pragma unroll 1
   for (; t0 < w.end; t0 += T) {
-    wait_until_left();
+    ring[now].left.wait(parity);
     stage(t0 + 2 * T, free);
     fetch(t0 + 3 * T);
     if (t0 > w.first) finish(t0 - T, free);  // its outputs are still there
+    ring[free].staged.arrive();
     fetch_gate(t0);
     free = onward(free);
-    meet();
+    now = onward(now);
+    parity ^= now == 0;
   }
-  meet();
+  ring[now].left.wait(parity);
   gates.u = us[0];
   finish(t0 - T, free);
 }
@@ -255,7 +259,16 @@ __device__ __forceinline__ void feed_pairs(const Params& p, const Place& w, Memo
 __device__ __forceinline__ void pass_in_pairs(const Params& p) {
   wait_for_earlier_kernels();
   const Place w = locate(p);
+  Round* ring = (Round*)memory_of_block<true>();
   fill_constants(p, w);
-  if (threadIdx.x < THREADS) walk_in_pairs(p, w, memory_of_block<true>());
-  else feed_pairs(p, w, memory_of_block<true>());
+  if (threadIdx.x < RING) {
+    ring[threadIdx.x].staged.begin(FEEDERS);
+    ring[threadIdx.x].left.begin(THREADS);
+  }
+  __syncthreads();
+  // From another lane, so that the compiler knows that whole warps go one way: else it would keep a second copy of the code
+  // for those that do not.
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  if (warp < WALKERS) walk_in_pairs(p, w, ring);
+  else if (warp % SCHEDULERS >= BUSY) feed_pairs(p, w, ring);
 }

@@ -25,8 +25,13 @@ static_assert(SHARERS == 1 || IN_PAIRS && N == 2 * LANES);
 constexpr int ABREAST = 32 / LANES, CHANNELS = WALKERS * ABREAST;  // channels side by side in a warp; a block
 constexpr int T = TOKENS, EACH = 8;                                // tokens at a time; elements a thread
 constexpr int FEEDERS = CHANNELS * T / EACH;                       // threads that do what is element by element:
-constexpr int BLOCK = IN_PAIRS ? THREADS + FEEDERS : THREADS;      // in pairs others than those that walk
-static_assert(IN_PAIRS || FEEDERS == THREADS);
+static_assert(IN_PAIRS || FEEDERS == THREADS);                     // in pairs others than those that walk
+
+// A multiprocessor's four schedulers get the warps of a block in turn. Where some would have more walking warps than the
+// others, they have no feeding warps but idle ones in their place, as far as registers allow.
+constexpr int SCHEDULERS = 4, BUSY = IN_PAIRS && WALKERS < 8 ? WALKERS % SCHEDULERS : 0;  // the first ones
+constexpr int BLOCK = IN_PAIRS ? THREADS - 32 * BUSY + FEEDERS * SCHEDULERS / (SCHEDULERS - BUSY) : THREADS;
+static_assert(BUSY == 0 || FEEDERS / 32 % (SCHEDULERS - BUSY) == 0);
 constexpr int BLOCKS = IN_PAIRS ? 1 : N <= 16 ? sizeof(T_U) > 2 ? 3 : 4 : N <= 64 ? 2 : 1;  // a multiprocessor
 
 // Rows of channels in shared memory, padded so that lanes hit different banks, also where neighbours write to two shares.
@@ -88,7 +93,11 @@ __device__ __forceinline__ Place locate(const Params& p) {
 // ---- elements of u, delta, z, y --------------------------------------------------------------------------------------
 
 // The thread's number among those that do what is element by element.
-__device__ __forceinline__ int feeder() { return IN_PAIRS ? int(threadIdx.x) - THREADS : threadIdx.x; }
+__device__ __forceinline__ int feeder() {
+  if (BUSY == 0) return IN_PAIRS ? int(threadIdx.x) - THREADS : threadIdx.x;
+  const int warp = threadIdx.x / 32;
+  return ((warp - WALKERS) / SCHEDULERS * (SCHEDULERS - BUSY) + warp % SCHEDULERS - BUSY) * 32 + threadIdx.x % 32;
+}
 
 __device__ __forceinline__ void element(int e, int& c, int& t) {
   const int i = feeder(), k = e * FEEDERS + i;

@@ -1,8 +1,8 @@
 // Runs a CUDA kernel on the CPU, for tests of its logic where there is no GPU. Every thread of a block is a fiber that
 // runs until it waits at a barrier or, with ON_THREADS, a thread that runs beside the others, for ThreadSanitizer. Blocks
 // run one after another, last first, and shared memory starts as garbage. It knows what kernels/selective_scan.cu uses:
-// barriers of a block, of some of its warps and of a warp, shuffles of whole warps, no atomics, and exp2 and 1/x in place
-// of the GPU's.
+// barriers of a block, of a warp and in shared memory, shuffles of whole warps, no atomics, and exp2 and 1/x in place of
+// the GPU's.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <algorithm>
+#include <atomic>
 #include <vector>
 #ifdef ON_THREADS
 #include <condition_variable>
@@ -78,10 +79,6 @@ struct Barrier {
     ++round;
     next.notify_all();
   }
-  void arrive(unsigned threads) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    count(threads);
-  }
   void wait(unsigned threads) {
     std::unique_lock<std::mutex> lock(mutex);
     const unsigned mine = round;
@@ -111,17 +108,45 @@ struct Barrier {
   }
 };
 #endif
-inline Barrier block_barrier, barriers[16], warp_barriers[32];
+inline Barrier block_barrier, warp_barriers[32];
 inline void __syncthreads() { block_barrier.wait(blockDim.x); }
 inline void __syncwarp() { warp_barriers[threadIdx.x / 32].wait(32); }
-inline float __shfl_xor_sync(unsigned, float mine, int lanes) {
-  static float offered[1024];
-  const unsigned me = threadIdx.x;
-  offered[me] = mine;
+template <class X> X value_of(unsigned thread, X mine) {  // in its warp
+  static X offered[1024];
+  offered[threadIdx.x] = mine;
   __syncwarp();
-  const float theirs = offered[me ^ lanes];
+  const X theirs = offered[thread];
   __syncwarp();
   return theirs;
+}
+template <class X> X __shfl_sync(unsigned, X mine, int lane) { return value_of(threadIdx.x / 32 * 32 + lane, mine); }
+template <class X> X __shfl_xor_sync(unsigned, X mine, int lanes) { return value_of(threadIdx.x ^ lanes, mine); }
+
+// A barrier in shared memory: arrivals that are missing, of how many, in 16 bits each; how often it has opened in 32.
+using Word = unsigned long long;
+inline void begin_mbarrier(Word& word, Word count) { word = count << 16 | count; }
+inline void arrive_at_mbarrier(Word& word) {
+  std::atomic_ref shared(word);
+  Word before = shared.load(std::memory_order_relaxed), after;
+  do {
+    after = before - 1;
+    if (after % (1 << 16) == 0) after += (1ull << 32) + (after >> 16) % (1 << 16);
+  } while (!shared.compare_exchange_weak(before, after, std::memory_order_release, std::memory_order_relaxed));
+  if (after >> 32 == before >> 32) return;
+#ifdef ON_THREADS
+  shared.notify_all();
+#else
+  ++passed;
+#endif
+}
+inline void wait_at_mbarrier(Word& word, int parity) {
+  std::atomic_ref shared(word);
+  for (Word seen; ((seen = shared.load(std::memory_order_acquire)) >> 32) % 2 == parity;)
+#ifdef ON_THREADS
+    shared.wait(seen, std::memory_order_relaxed);
+#else
+    swapcontext(&running->context, &scheduler);
+#endif
 }
 
 #ifdef ON_THREADS
@@ -167,7 +192,6 @@ template <class Params> void run_grid(void (*kernel)(const Params), const Params
       makecontext(&fiber.context, +[] { entry(*argument); running->done = true; }, 0);
     }
     block_barrier = {};
-    std::fill(std::begin(barriers), std::end(barriers), Barrier{});
     std::fill(std::begin(warp_barriers), std::end(warp_barriers), Barrier{});
     unsigned long before = -1;
     for (unsigned left = threads; left > 0;) {

@@ -18,6 +18,15 @@ TENSORS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 HERE = Path(__file__).parent
 
 
+def common_header():
+    """kernels/common.cuh, with what cuda_on_cpu.h knows in place of PTX."""
+    text = (KERNELS / "common.cuh").read_text()
+    for instruction, emulated in _INSTRUCTIONS.items():
+        text, found = re.subn(rf'asm( volatile)?\(".*{instruction}.*\);', emulated, text)
+        assert found == 1, instruction
+    return text
+
+
 class Emulation:
     """Stands in for `corey._cuda` in `corey._scan_cuda`: real plans, parameters and source, run by cuda_on_cpu.h."""
 
@@ -26,11 +35,7 @@ class Emulation:
         self.sources = {path.name: path.read_text() for path in KERNELS.glob("*scan*")}
         if change:
             change(self.sources)
-        common = (KERNELS / "common.cuh").read_text()
-        for instruction, emulated in _INSTRUCTIONS.items():
-            common, found = re.subn(rf'asm( volatile)?\("{instruction}.*\);', emulated, common)
-            assert found == 1, instruction
-        self.sources["common.cuh"] = common
+        self.sources["common.cuh"] = common_header()
 
     def function(self, source, name, device, macros):
         return _Function(self._library(source, name, macros))
@@ -60,7 +65,7 @@ class Emulation:
         (folder / "run.cpp").write_text(text)
         exact = ["-O1", "-mfma", "-ffp-contract=off", "-fno-strict-aliasing"]
         defines = [f"-D{name}={value}" for name, value in macros]
-        command = ["g++", "-std=c++17", "-w", *exact, *flags, *defines, f"-I{folder}", f"-I{HERE}"]
+        command = ["g++", "-std=c++20", "-w", *exact, *flags, *defines, f"-I{folder}", f"-I{HERE}"]
         subprocess.run([*command, "-o", str(folder / "run"), str(folder / "run.cpp")], check=True)
         return folder / "run"
 
@@ -68,8 +73,9 @@ class Emulation:
 _INSTRUCTIONS = {  # in PTX, and in their place
     "ex2": "y = exp2f(x);",
     "rcp": "y = 1.0f / x;",
-    "bar.sync": "barriers[barrier].wait(threads);",
-    "bar.arrive": "barriers[barrier].arrive(threads);",
+    "mbarrier.init": "begin_mbarrier(word, count);",
+    "mbarrier.arrive": "arrive_at_mbarrier(word);",
+    'mbarrier." TRY_WAIT ".parity': "wait_at_mbarrier(word, parity);",
     "prefetch": "",
 }
 _RUN = """#include "cuda_on_cpu.h"

@@ -89,7 +89,10 @@ def use_pairs(monkeypatch, block):
 
 
 PAIR_BREAKS = {
-    "a round is overwritten while it is walked": ("    wait_until_left();\n", ""),
+    "a round is overwritten while it is walked": (
+        "    ring[now].left.wait(parity);\n    stage(t0 + 2 * T, free);\n",
+        "    stage(t0 + 2 * T, free);\n    ring[now].left.wait(parity);\n",
+    ),
     "the second lane starts anew": (
         "place == 0 ? constants()->nothing : memory->y",
         "true ? constants()->nothing : memory->y",
@@ -106,7 +109,7 @@ PAIR_BREAKS = {
     ),
     "factors of two tiles": ("if (step == 3 && ends_tile) sum = 0.f;", ""),
     "the last tokens are dropped": ("      step();\n      step();\n", "      step();\n"),
-    "the next round is read too early": ("if (i == 2) read_from(next", "if (i == 1) read_from(next"),
+    "the next round is read too early": ("if (i == 2) {\n        next.staged", "if (i == 1) {\n        next.staged"),
     "shares and C are read too late": ("if (i == 1) use_from(memory", "if (i == 2) use_from(memory"),
     "the second round is not staged": ("  stage(w.first + T, 1);\n", ""),
     "u of another round": ("us[0] = us[1];", "us[0] = us[2];"),

@@ -61,7 +61,7 @@ class Programs(Emulation):
                     break
         (folder / "params").write_bytes(struct.pack(f"{POINTERS}Q", *pointers) + params[8 * POINTERS :])
         sizes = map(str, (grid[0], threads, shared_bytes))
-        done = subprocess.run([function.library, *sizes], cwd=folder, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run([function.library, *sizes], cwd=folder, stderr=subprocess.PIPE, text=True, timeout=300)
         if "FATAL: ThreadSanitizer" in done.stderr:
             pytest.skip(f"ThreadSanitizer does not run here: {done.stderr.strip().splitlines()[0]}")
         assert done.returncode in (0, 66), f"exit status {done.returncode}, where races make it 66: {done.stderr}"
@@ -93,6 +93,7 @@ def reports(tmp_path, monkeypatch):
 CASES = [
     (0, {"dim": 24, "length": 320}),  # whole pieces
     (1, {"dim": 20, "length": 200, "layout": "token_major"}),
+    (2, {"dim": 24, "length": 260}),
     (4, {"dim": 40, "length": 300, "layout": "token_major"}),
     (5, {"dim": 48, "length": 128}),
     (None, {"dim": 33, "length": 200}),
@@ -106,7 +107,20 @@ def test_threads_of_a_block_do_not_race(size, case, reports):
 
 
 BREAKS = {
-    "a round is overwritten while it is walked": ("    wait_until_left();\n", ""),
+    "a round is overwritten while it is walked": (
+        "    ring[now].left.wait(parity);\n    stage(t0 + 2 * T, free);\n",
+        "    stage(t0 + 2 * T, free);\n    ring[now].left.wait(parity);\n",
+    ),
+    "a round is walked before it is staged": ("        next.staged.wait(parity);\n", ""),
+    "outputs are read before the walk has left": (
+        "  ring[now].left.wait(parity);\n  gates",
+        "  gates",
+    ),
+    "what is finished is overwritten": (
+        "    fetch(t0 + 3 * T);\n    if (t0 > w.first) finish(t0 - T, free);  // its outputs are still there\n"
+        "    ring[free].staged.arrive();\n",
+        "    fetch(t0 + 3 * T);\n    ring[free].staged.arrive();\n    if (t0 > w.first) finish(t0 - T, free);\n",
+    ),
     "the second lane does not wait": ("        step();\n        __syncwarp();\n", "        step();\n"),
 }
 
