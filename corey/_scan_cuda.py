@@ -328,12 +328,15 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
     return Plan(launches, tiles * split, _NUMBERS.pack(*numbers), _cuda.source_version())
 
 
-# Blocks of 32 channels a multiprocessor with which one pass beats a split of 4096 tokens on an H200.
+# What decides between one pass and a split, measured on an H200: blocks of 32 channels a multiprocessor with which one
+# pass with one lane a share is faster at 4096 tokens; nanoseconds that a token takes in pairs, by the block's walking
+# warps, and in a split, for every block of 32 channels a multiprocessor; and how much longer launching a split takes.
 ONE_PASS = ((0.9, 1), (1.3, math.inf))
-ONE_PASS_IN_PAIRS = {
-    "channel_major": ((0.355, math.inf),),
-    "token_major": ((0.39, 0.5), (0.64, math.inf)),
+IN_PAIRS_NS = {
+    "channel_major": {3: 14.1, 4: 17, 6: 24, 8: 31, 10: 41, 12: 51},
+    "token_major": {3: 19.3, 4: 19, 6: 28, 8: 32, 10: 47, 12: 56},
 }
+SPLIT_NS, LAUNCHES_NS = 46.4, 9000
 
 
 def _way(blocks, tiles, processors, chunk_size, layout, pairs):
@@ -345,12 +348,16 @@ def _way(blocks, tiles, processors, chunk_size, layout, pairs):
     which keeps the GPU even; beyond 64 blocks a multiprocessor, up to four.
     """
     busy = blocks / processors
-    intervals = ONE_PASS_IN_PAIRS[layout] if pairs else ONE_PASS
+    if pairs:
+        slower = IN_PAIRS_NS[layout][pairs.walkers] - SPLIT_NS * busy  # a token
+        faster = tiles <= 5 or slower * TILE * tiles < LAUNCHES_NS
+    else:
+        faster = tiles <= 2 or any(low <= busy <= high for low, high in ONE_PASS)
     if isinstance(chunk_size, torch.Tensor):
         return tiles, None
     if chunk_size is not None:
         chunk = min(chunk_size // TILE, tiles)
-    elif tiles <= (4 if pairs else 2) or any(low <= busy <= high for low, high in intervals):
+    elif faster:
         chunk = tiles
     else:
         chunk = min(max(1, blocks * tiles // (64 * processors)), 4, tiles)
@@ -368,8 +375,9 @@ def _way_of(u, groups, states, chunk_size):
 def _pairs(u, groups, gpu):
     """The smallest blocks in pairs of which a multiprocessor gets at most one, and can hold it, or None.
 
-    Warps that feed others must read whole vectors to keep up. In blocks that are not roomy float32 would spill what is
-    on its way from memory, and so wait for it. Three warps walk only where every block has its 12 channels.
+    Warps that feed others must read whole vectors to keep up. In other blocks than of 3, 4 and 8 warps float32 would
+    spill what is on its way from memory, and so wait for it. Three warps walk only where every block has its 12
+    channels.
     """
     batch, channels, length = u.shape
     if _order(u, groups) not in (TOKENS_A_THREAD, CHANNELS_A_THREAD):
@@ -379,7 +387,7 @@ def _pairs(u, groups, gpu):
         few = batch * groups * -(-of_group // block.channels) <= gpu.multi_processor_count
         even = block.walkers > 3 or of_group % block.channels == 0
         fits = _shared_bytes(16, block, True) <= gpu.shared_memory_per_block_optin
-        enough_registers = block.roomy or u.dtype.itemsize == 2
+        enough_registers = u.dtype.itemsize == 2 or block.walkers in (3, 4, 8)
         if few and even and fits and enough_registers and block.tokens < 2 * length:
             return block
     return None

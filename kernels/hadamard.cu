@@ -33,6 +33,7 @@ struct Params {
     int64 rows;
     int64 step;  // elements from one column of x to the next
     int64 n;     // columns of x
+    int64 ahead; // rows
     int64 sizes[LEADING];    // of the dimensions of x before the last, outermost first
     int64 strides[LEADING];  // in elements
 };
@@ -246,6 +247,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, kBlocks) hadamard_transfor
             for (int i = 0; i < kVector; ++i) {
                 of_vector[i] = fmaf(half == 0 ? 1.0f : -1.0f, others[i], of_vector[i]);
             }
+        }
+    }
+
+    if (kHalves == 1 && !STRIDED && row + p.ahead < p.rows) {  // so that memory is busy while blocks compute
+#pragma unroll
+        for (int i = 0; i < kColumns; i += 128 / int(sizeof(T_X))) {
+            const int column = t * kColumns + i;
+            if (column < p.n) prefetch(row_of_x(p, row + p.ahead) + column);
         }
     }
 

@@ -193,6 +193,8 @@ template <bool ALL, class X, bool VECTOR> __device__ __forceinline__ void load(E
 #pragma unroll
       for (int i = 0; i < part.BYTES / 4; ++i) to.words[run * part.BYTES / 4 + i] = part.words[i];
     }
+  } else if (IN_PAIRS && !ALL && !there(0, t0, w)) {  // nor are the others
+    to = {};
   } else {
     alignas(16) X elements[EACH];
     const X* from = x.at;
@@ -211,7 +213,7 @@ template <bool ALL> __device__ __forceinline__ void store(Walker<T_U, VECTOR_Y>&
       packed.pack((const float(&)[RUN])out[run * RUN]);
       packed.store(y.at + run * st.token);
     }
-  } else {
+  } else if (!IN_PAIRS || ALL || there(0, t0, w)) {
     T_U* to = y.at;
 #pragma unroll
     for (int e = 0; e < EACH; to += y.step(st, e++)) if (ALL || there(e, t0, w)) *to = from_float<T_U>(out[e]);

@@ -361,8 +361,13 @@ PAIRS = _scan_cuda.PAIRS[1]
         (64, 32, None, "channel_major", PAIRS, (32, PAIRS)),
         (64, 32, None, "channel_major", None, (1, None)),  # split
         (64, 2, None, "token_major", None, (2, None)),  # too short to be split
-        (80, 32, None, "channel_major", PAIRS, (32, PAIRS)),
-        (80, 32, None, "token_major", PAIRS, (1, None)),
+        (40, 32, None, "channel_major", PAIRS, (1, None)),  # of 1280 channels
+        (46, 32, None, "channel_major", PAIRS, (32, PAIRS)),
+        (46, 32, None, "token_major", PAIRS, (1, None)),
+        (46, 16, None, "token_major", PAIRS, (16, PAIRS)),  # the shorter, the more three launches cost
+        (48, 32, None, "channel_major", _scan_cuda.PAIRS[0], (32, _scan_cuda.PAIRS[0])),
+        (33, 32, None, "channel_major", _scan_cuda.PAIRS[0], (1, None)),
+        (4, 5, None, "channel_major", PAIRS, (5, PAIRS)),
         (512, 32, None, "channel_major", None, (32, None)),  # enough blocks with one lane a share
         (64, 512, 384, "channel_major", PAIRS, (3, None)),
         (64, 512, 512 * 128, "channel_major", PAIRS, (512, PAIRS)),
@@ -391,6 +396,7 @@ class A100:
         (H200, (1, 2048, 4096), torch.bfloat16, (4, 64)),
         (H200, (1, 3072, 4096), torch.float16, (6, 64)),
         (H200, (2, 2048, 4096), torch.float32, (8, 64)),
+        (H200, (1, 3072, 4096), torch.float32, (8, 64)),  # registers
         (H200, (1, 5120, 4096), torch.bfloat16, (10, 64)),
         (H200, (1, 5120, 4096), torch.float32, None),  # too few registers
         (H200, (1, 6144, 4096), torch.bfloat16, (12, 32)),
