@@ -60,7 +60,7 @@ def operators(tokens: int = 4096, dim: int = 2048, *, device="cuda") -> list[Ope
             "conv", "channel-major", convolve, [x.view(1, dim, tokens) for x in xs], 2 * size, f"(1, {dim}, {tokens})"
         ),
     ]
-    for order in (512, 2048, 4096, 32768):
+    for order in (512, 2048, 4096, 16384, 32768):
         views = [x.view(-1, order) for x in xs]
         shape = str(tuple(views[0].shape))
         found.append(line("hadamard", f"last dimension {order}", hadamard_transform, views, 2 * size, shape))
