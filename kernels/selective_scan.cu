@@ -181,6 +181,10 @@ __device__ __forceinline__ bool there(int e, int t0, const Place& w) {
   element(e, c, t);
   return c < w.channels && t0 + t < w.end;
 }
+// Whether none is, as the first one is not. In one pass with one lane a share looking costs more than it saves.
+__device__ __forceinline__ bool absent(int t0, const Place& w) {
+  return IN_PAIRS && (MAP == TOKENS_A_THREAD || MAP == CHANNELS_A_THREAD) && !there(0, t0, w);
+}
 __device__ __forceinline__ bool whole(int t0, const Place& w) { return there(0, t0, w) && there(EACH - 1, t0, w); }
 
 // ALL: every element of the block is there.
@@ -193,7 +197,7 @@ template <bool ALL, class X, bool VECTOR> __device__ __forceinline__ void load(E
 #pragma unroll
       for (int i = 0; i < part.BYTES / 4; ++i) to.words[run * part.BYTES / 4 + i] = part.words[i];
     }
-  } else if (IN_PAIRS && !ALL && !there(0, t0, w)) {  // nor are the others
+  } else if (!ALL && absent(t0, w)) {
     to = {};
   } else {
     alignas(16) X elements[EACH];
@@ -213,7 +217,7 @@ template <bool ALL> __device__ __forceinline__ void store(Walker<T_U, VECTOR_Y>&
       packed.pack((const float(&)[RUN])out[run * RUN]);
       packed.store(y.at + run * st.token);
     }
-  } else if (!IN_PAIRS || ALL || there(0, t0, w)) {
+  } else if (ALL || !absent(t0, w)) {
     T_U* to = y.at;
 #pragma unroll
     for (int e = 0; e < EACH; to += y.step(st, e++)) if (ALL || there(e, t0, w)) *to = from_float<T_U>(out[e]);

@@ -65,6 +65,7 @@ IN_PAIRS = [
     (3, {"dtype": bf16, "length": 385, "layout": "token_major", "B_kind": "grouped", "C_kind": "grouped"}),
     (4, {"dtype": f16, "length": 300, "layout": "token_major", "memory": "forgetful"}),
     (5, {"dtype": bf16, "length": 264}),
+    (0, {"dtype": bf16, "length": 281}),  # unaligned rows
     (0, {"dtype": bf16, "length": 512, "dim": 36}),  # whole pieces only
     (1, {"dtype": bf16, "length": 448}),
     (3, {"dtype": f16, "length": 320, "dim": 96, "layout": "token_major"}),
