@@ -33,7 +33,7 @@ struct Params {
     int64 rows;
     int64 step;  // elements from one column of x to the next
     int64 n;     // columns of x
-    int64 ahead; // rows
+    int64 ahead;             // how many rows later the one is that a block brings into L2
     int64 sizes[LEADING];    // of the dimensions of x before the last, outermost first
     int64 strides[LEADING];  // in elements
 };
@@ -250,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, kBlocks) hadamard_transfor
         }
     }
 
-    if (kHalves == 1 && !STRIDED && row + p.ahead < p.rows) {  // so that memory is busy while blocks compute
+    if (kHalves == 1 && !STRIDED && row + p.ahead < p.rows) {  // memory is busy then while blocks compute
 #pragma unroll
         for (int i = 0; i < kColumns; i += 128 / int(sizeof(T_X))) {
             const int column = t * kColumns + i;
