@@ -175,7 +175,7 @@ def _norm(device: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 OPERATORS: dict[str, tuple[Callable, str]] = {  # name: (result and reference on a device, module of its CUDA variants)
-    "selective_scan": (_scan, "corey._scan_cuda"),
+    "selective_scan": (_scan, "corey._scan_variants"),
     "histogram_entropy": (_entropy, "corey._entropy_cuda"),
     "hadamard_transform": (_hadamard, "corey._hadamard_cuda"),
     "causal_conv1d": (_conv, "corey._conv_cuda"),

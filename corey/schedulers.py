@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from corey._check import bad_type, bad_value, check_count
-from corey._scan_cuda import default_chunk
+from corey._scan_way import default_chunk
 from corey.chunk_rules import ChunkRule, GuardedRule, device_chunk, guard, powers_of_two, shape_chunk
 from corey.conv import OutputHistogram
 from corey.entropy import cheap_proxy, histogram_entropy, kurtosis_proxy, variance_proxy

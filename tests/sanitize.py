@@ -19,7 +19,7 @@ import torch  # noqa: E402
 from scan_gpu import device_chunk, gpu_inputs, run  # noqa: E402
 from scan_inputs import OPTIONS  # noqa: E402
 
-from corey import _scan_cuda  # noqa: E402
+from corey import _scan_cuda, _scan_way  # noqa: E402
 
 f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
 calls = 0
@@ -47,12 +47,12 @@ def scan():
         ((1, 8, 1, 16), "token_major", f32, "variable", "variable", ("z", "D"), (None,)),
         ((3, 130, 640, 16), "token_major", bf16, "variable", "variable", ("z", "D"), (128, 256)),
     ]
-    find_pairs = _scan_cuda._pairs
+    find_pairs = _scan_way.pairs_for
     for shape, layout, dtype, B, C, options, chunks in cases:
         inputs = gpu_inputs(*shape, layout=layout, dtype=dtype, B_kind=B, C_kind=C, groups=1, options=options)
         # one pass with two lanes a share, with one, and with two in large blocks
-        for pairs in (find_pairs, lambda *_: None, lambda *_: _scan_cuda.PAIRS[-2]):
-            _scan_cuda._pairs = pairs
+        for pairs in (find_pairs, lambda *_: None, lambda *_: _scan_way.PAIRS[-2]):
+            _scan_way.pairs_for = pairs
             _scan_cuda._plans.clear()
             for chunk in chunks:
                 finite(*run(inputs, chunk_size=device_chunk(256) if chunk == "device" else chunk))

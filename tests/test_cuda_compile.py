@@ -11,7 +11,7 @@ pytest.importorskip("cuda.core", reason='NVRTC is not installed: pip install -e 
 
 ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 MODULES = [
-    "corey._scan_cuda",
+    "corey._scan_variants",
     "corey._entropy_cuda",
     "corey._hadamard_cuda",
     "corey._conv_cuda",

@@ -30,7 +30,7 @@ def test_an_operator_that_is_wrong_is_broken_and_so_is_the_exit_status(monkeypat
     monkeypatch.setitem(
         doctor.OPERATORS,
         "selective_scan",
-        (lambda device: (torch.full((3,), wrong), torch.ones(3)), "corey._scan_cuda"),
+        (lambda device: (torch.full((3,), wrong), torch.ones(3)), "corey._scan_variants"),
     )
     found = doctor.operator("selective_scan", "cpu")
     assert found.state == doctor.BROKEN and "reference" in found.found

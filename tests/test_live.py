@@ -71,7 +71,7 @@ def test_a_call_looks_at_the_source_no_more_often_than_five_times_a_second(monke
 
 def test_the_edit_of_the_cuda_source_compiles_without_a_gpu_and_changes_the_machine_code():
     pytest.importorskip("cuda.core", reason='NVRTC is not installed: pip install -e ".[cuda]"')
-    from corey._scan_cuda import TUNED
+    from corey._scan_variants import TUNED
 
     (source, kernel, macros), (name, old, new) = TUNED[0], SHORTER_SOFTPLUS["cuda"]
     first = _cuda.source_version()

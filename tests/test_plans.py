@@ -10,7 +10,18 @@ from scan_inputs import OPTIONS, make_inputs
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from corey import _conv_cuda, _cuda, _plans, _scan_cuda, _state_update_cuda, conv, scan, selective_scan, state_update
+from corey import (
+    _conv_cuda,
+    _cuda,
+    _plans,
+    _scan_cuda,
+    _scan_way,
+    _state_update_cuda,
+    conv,
+    scan,
+    selective_scan,
+    state_update,
+)
 from corey._plans import ABSENT, Plans, alignment
 
 f32, bf16 = torch.float32, torch.bfloat16
@@ -352,7 +363,7 @@ def test_a_call_that_would_be_found_again_is_refused_for_an_equal_option(change,
         selective_scan(**inputs | {"chunk_size": 128} | change)
 
 
-PAIRS = _scan_cuda.PAIRS[1]
+PAIRS = _scan_way.PAIRS[1]
 
 
 @pytest.mark.parametrize(
@@ -365,8 +376,8 @@ PAIRS = _scan_cuda.PAIRS[1]
         (46, 32, None, "channel_major", PAIRS, (32, PAIRS)),
         (46, 32, None, "token_major", PAIRS, (1, None)),
         (46, 16, None, "token_major", PAIRS, (16, PAIRS)),  # the shorter, the more three launches cost
-        (48, 32, None, "channel_major", _scan_cuda.PAIRS[0], (32, _scan_cuda.PAIRS[0])),
-        (33, 32, None, "channel_major", _scan_cuda.PAIRS[0], (1, None)),
+        (48, 32, None, "channel_major", _scan_way.PAIRS[0], (32, _scan_way.PAIRS[0])),
+        (33, 32, None, "channel_major", _scan_way.PAIRS[0], (1, None)),
         (4, 5, None, "channel_major", PAIRS, (5, PAIRS)),
         (512, 32, None, "channel_major", None, (32, None)),  # enough blocks with one lane a share
         (64, 512, 384, "channel_major", PAIRS, (3, None)),
@@ -375,7 +386,7 @@ PAIRS = _scan_cuda.PAIRS[1]
     ],
 )
 def test_a_scan_is_one_pass_or_split_by_the_blocks_that_it_makes(blocks, tiles, chunk_size, layout, pairs, way):
-    assert _scan_cuda._way(blocks, tiles, 132, chunk_size, layout, pairs) == way
+    assert _scan_way.way(blocks, tiles, 132, chunk_size, layout, pairs) == way
 
 
 class H200:
@@ -409,5 +420,5 @@ class A100:
     ],
 )
 def test_blocks_in_pairs_are_the_smallest_that_give_a_multiprocessor_one(gpu, shape, dtype, walkers_and_tokens):
-    block = _scan_cuda._pairs(torch.empty(shape, dtype=dtype, device="meta"), 1, gpu)
+    block = _scan_way.pairs_for(torch.empty(shape, dtype=dtype, device="meta"), 1, gpu)
     assert (block and (block.walkers, block.tokens)) == walkers_and_tokens

@@ -12,7 +12,7 @@ import torch
 from scan_gpu import Differences, assert_same_bits, device_chunk, gpu_inputs, run
 from scan_inputs import LAYOUTS, OPTIONS, lay_out, tokens
 
-from corey import _scan_cuda
+from corey import _scan_cuda, _scan_way
 from corey.scan import TILE
 
 pytestmark = pytest.mark.gpu
@@ -81,8 +81,8 @@ def test_one_pass_in_pairs_or_not_gives_the_same_bits(dtype, layout, monkeypatch
         for how in ({}, {"memory": "forgetful", "B_kind": "constant", "C_kind": "grouped", "options": OPTIONS}):
             inputs = gpu_inputs(*shape, dtype=dtype, layout=layout, **how)
             want = run(inputs, chunk_size=TILE)
-            for pairs in (*_scan_cuda.PAIRS, None):
-                monkeypatch.setattr(_scan_cuda, "_pairs", lambda *_, pairs=pairs: pairs)
+            for pairs in (*_scan_way.PAIRS, None):
+                monkeypatch.setattr(_scan_way, "pairs_for", lambda *_, pairs=pairs: pairs)
                 _scan_cuda._plans.clear()
                 differences.add(run(inputs, chunk_size=2**40 * TILE), want)
     _scan_cuda._plans.clear()

@@ -5,11 +5,11 @@ import torch
 from scan_emulation import emulated  # noqa: F401
 from scan_inputs import OPTIONS, in_float64, lay_out, make_inputs, relative_error
 
-from corey import _scan_cuda
+from corey import _scan_way
 from corey._scan_cuda import _divisor
 from corey.scan import selective_scan_ref
 
-PAIRS = _scan_cuda.PAIRS
+PAIRS = _scan_way.PAIRS
 f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
 CHUNKS = (None, 128, 256, 384, 2**20 * 128, torch.tensor(200, dtype=torch.int32))
 
@@ -86,7 +86,7 @@ def test_twice_the_lanes_give_the_same_bits(size, case, emulated, monkeypatch): 
 
 def use_pairs(monkeypatch, block):
     """One pass has two lanes a share from here on."""
-    monkeypatch.setattr(_scan_cuda, "_pairs", lambda *_: block)
+    monkeypatch.setattr(_scan_way, "pairs_for", lambda *_: block)
 
 
 PAIR_BREAKS = {

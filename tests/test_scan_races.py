@@ -10,7 +10,7 @@ from scan_emulation import TENSORS, Emulation, _Function, _Properties
 from scan_inputs import OPTIONS, make_inputs
 from test_scan_emulated import edit
 
-from corey import _cuda, _scan_cuda
+from corey import _cuda, _scan_cuda, _scan_way
 from corey.scan import _outputs
 
 bf16 = torch.bfloat16
@@ -77,7 +77,7 @@ def reports(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: _Properties)
 
     def run(inputs, block, change=None):
-        monkeypatch.setattr(_scan_cuda, "_pairs", lambda *_: block)
+        monkeypatch.setattr(_scan_way, "pairs_for", lambda *_: block)
         tensors = tuple(inputs.get(name) for name in TENSORS)
         y, last = _outputs(inputs["u"], inputs["A"])
         programs = Programs(tmp_path, change, (*tensors, y, last))
@@ -103,7 +103,7 @@ CASES = [
 @pytest.mark.parametrize("size, case", CASES, ids=[str(case) for _, case in CASES])
 def test_threads_of_a_block_do_not_race(size, case, reports):
     inputs = make_inputs(batch=1, dtype=bf16, options=OPTIONS, **case)
-    assert reports(inputs, None if size is None else _scan_cuda.PAIRS[size]) == ""
+    assert reports(inputs, None if size is None else _scan_way.PAIRS[size]) == ""
 
 
 BREAKS = {
@@ -128,4 +128,4 @@ BREAKS = {
 @pytest.mark.parametrize("old, new", BREAKS.values(), ids=BREAKS)
 def test_a_missing_barrier_is_noticed(old, new, reports):
     inputs = make_inputs(batch=1, dim=40, length=300, dtype=bf16, layout="token_major", options=OPTIONS)
-    assert "data race" in reports(inputs, _scan_cuda.PAIRS[4], edit(old, new))
+    assert "data race" in reports(inputs, _scan_way.PAIRS[4], edit(old, new))
