@@ -97,10 +97,13 @@ __device__ __forceinline__ void wait_for_earlier_kernels() {
 
 // ---- warps with different work ----
 
+// A warp that waits leaves the scheduler to others.
 #if __CUDA_ARCH__ >= 900
-#define TRY_WAIT "try_wait"  // sleeps meanwhile
+#define TRY_WAIT "try_wait"
+#define SLEEP ""
 #else
 #define TRY_WAIT "test_wait"
+#define SLEEP "@!open nanosleep.u32 32;\n"
 #endif
 
 // A barrier in shared memory that opens whenever `count` threads have arrived. Who arrives does not wait for it to open.
@@ -115,7 +118,7 @@ struct Mbarrier {
     }
     // By whole warps, until it has opened for the first time where parity is 0, then the second where it is 1, and so on.
     __device__ __forceinline__ void wait(int parity) {
-        asm volatile("{.reg .pred open;\nAGAIN:\nmbarrier." TRY_WAIT ".parity.shared.b64 open, [%0], %1;\n@!open bra.uni AGAIN;\n}" ::"r"(uint32(__cvta_generic_to_shared(&word))), "r"(parity) : "memory");
+        asm volatile("{.reg .pred open;\nAGAIN:\nmbarrier." TRY_WAIT ".parity.shared.b64 open, [%0], %1;\n" SLEEP "@!open bra.uni AGAIN;\n}" ::"r"(uint32(__cvta_generic_to_shared(&word))), "r"(parity) : "memory");
     }
 };
 
