@@ -7,12 +7,16 @@ RING = 3  # with two lanes a share: rounds in shared memory
 
 
 class Block(NamedTuple):
-    """Lanes a channel, warps that walk, tokens at a time; in pairs other warps do what is element by element."""
+    """Lanes a channel, warps that walk, tokens at a time; in pairs other warps do what is element by element.
+
+    parts: the blocks that share a sequence.
+    """
 
     lanes: int
     walkers: int
     tokens: int
     in_pairs: bool
+    parts: int = 1
 
     @property
     def channels(self):
@@ -35,6 +39,7 @@ def _pair(walkers, tokens):
 
 
 PAIRS = (*(_pair(walkers, 64) for walkers in (3, 4, 6, 8, 10)), _pair(12, 32))  # from the smallest
+IN_PARTS = _pair(4, 64)._replace(parts=2)
 
 
 def plain_block(states):
@@ -46,12 +51,13 @@ def lanes_a_channel(states):
     return 1 if states <= 4 else 2 if states <= 8 else 4 if states <= 16 else 8
 
 
-def shared_bytes(states, block, with_outputs):
-    """What a pass takes of shared memory: `Constants` and `Memory` in the kernel."""
+def shared_bytes(states, block, with_outputs, ahead=0):
+    """What a pass takes of shared memory: in the kernel `Constants`, `Memory` and, for so many tiles ahead, `Inbox`."""
     shares, channels, tokens = lanes_a_channel(states), block.channels, block.tokens
     rows = -(-(channels * (tokens + 4) + channels // 8 * (4 if channels > 16 else 8)) // 32) * 32 + 16
     projection = tokens * shares * max(4, -(-states // (4 * shares)) * 4) + 2 * tokens
     constants = 2 * channels + (tokens if block.in_pairs else 4)
     memory = 2 * rows + projection + (projection + shares * rows if with_outputs else 8)
     barriers = 4
-    return 4 * (constants + (RING * (memory + barriers) if block.in_pairs else memory))
+    inbox = 32 * block.walkers * (2 + 4 * ahead) + 4 if block.parts > 1 else 0
+    return 4 * (constants + (RING * (memory + barriers) + inbox if block.in_pairs else memory))

@@ -12,12 +12,12 @@ from corey._scan_args import TILE, check_chunk_size, check_tensors
 from corey._scan_blocks import plain_block, shared_bytes
 from corey._scan_layout import is_wide, order_of, projection, projection_strides, token_major
 from corey._scan_variants import CARRY, SOURCE, macros
-from corey._scan_way import way_of
+from corey._scan_way import lead, way_of
 
 CARRY_THREADS = 64  # small blocks, which spread over all multiprocessors
 
 _POINTERS = struct.Struct("=14Q")
-_NUMBERS = struct.Struct("=27q9I4i4x")
+_NUMBERS = struct.Struct("=27q9I5i")
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,9 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
     device = u.device.index
     tiles = -(-length // TILE)
     chunk, pairs = way_of(u, groups, states, chunk_size)
-    split = isinstance(chunk_size, torch.Tensor) or chunk < tiles
     block = pairs or plain_block(states)
+    split = isinstance(chunk_size, torch.Tensor) or (chunk < tiles and not pairs)
+    ahead_from = lead(tiles) if block.parts > 1 else 0
     blocks_of_group = -(-per_group // block.channels)
     pieces = batch * groups * blocks_of_group
     pieces *= tiles if isinstance(chunk_size, torch.Tensor) else -(-tiles // chunk)
@@ -203,7 +204,7 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
             function.allow_shared(shared)
         return function, (pieces, 1, 1), block.threads, shared
 
-    without, with_outputs = (shared_bytes(states, block, outputs) for outputs in (False, True))
+    without, with_outputs = (shared_bytes(states, block, outputs, chunk - ahead_from) for outputs in (False, True))
     if split:
         carry = _cuda.function(CARRY, "scan_carry", device, (("N", states),))
         launches = (
@@ -218,7 +219,7 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, ch
     numbers += [0 if x is None else x.stride(0) for x in (D, delta_bias)]
     numbers += (0, 0, 0) if initial_state is None else initial_state.stride()
     numbers += [*_divisor(blocks_of_group), *_divisor(groups), *_divisor(batch)]
-    numbers += [channels, per_group, length, chunk * TILE]
+    numbers += [channels, per_group, length, chunk * TILE, ahead_from * TILE]
     return Plan(launches, tiles * split, _NUMBERS.pack(*numbers), _cuda.source_version())
 
 

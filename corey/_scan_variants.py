@@ -3,7 +3,7 @@
 import torch
 
 from corey._operands import CPP_TYPES
-from corey._scan_blocks import PAIRS, plain_block
+from corey._scan_blocks import IN_PARTS, PAIRS, plain_block
 from corey._scan_layout import CHANNELS_A_THREAD, LAYOUTS, TOKENS_A_THREAD, VECTORS_OF_STATES, VECTORS_OF_TOKENS
 
 SOURCE, CARRY = "selective_scan.cu", "scan_carry.cu"
@@ -33,7 +33,7 @@ def macros(
     wide = zip(("VECTOR_U", "VECTOR_DELTA", "VECTOR_Z", "VECTOR_Y"), (int(vector) for vector in vectors))
     flags = (("HAS_Z", int(z)), ("HAS_D", int(D)), ("HAS_BIAS", int(bias)), ("SOFTPLUS", int(softplus)))
     lie = (("MAP", order), ("LAYOUT_B", projections[0]), ("LAYOUT_C", projections[1]))
-    sizes = (("LANES", block.lanes), ("WALKERS", block.walkers), ("TOKENS", block.tokens))
+    sizes = (("LANES", block.lanes), ("WALKERS", block.walkers), ("TOKENS", block.tokens), ("PARTS", block.parts))
     return (*named, *wide, *flags, *lie, ("N", states), *sizes, ("SPLIT", int(split)), ("WHOLE", int(whole)))
 
 
@@ -51,10 +51,10 @@ def _tuned(layout, name, block=None, dtypes=(torch.bfloat16, torch.float16, torc
     ]
 
 
-def _tuned_pairs(roomy):
+def _of_blocks(blocks):
     halves = (torch.bfloat16, torch.float16)  # float32 in pairs spills a word off sm_90
-    blocks = ((layout, block) for layout in LAYOUTS for block in PAIRS if block.roomy == roomy)
-    return [variant for layout, block in blocks for variant in _tuned(layout, "scan_both", block, halves)]
+    of = [(layout, block) for layout in LAYOUTS for block in blocks]
+    return [variant for layout, block in of for variant in _tuned(layout, "scan_both", block, halves)]
 
 
 TUNED = [
@@ -64,7 +64,8 @@ TUNED = [
         for name in ("scan_both", "scan_states", "scan_outputs")
         for variant in _tuned(layout, name)
     ),
-    *_tuned_pairs(roomy=True),
+    *_of_blocks([block for block in PAIRS if block.roomy]),
     (CARRY, "scan_carry", (("N", 16),)),
 ]
-TUNED_ON_HOPPER = _tuned_pairs(roomy=False)  # whose registers do there
+TUNED_ON_HOPPER = _of_blocks([block for block in PAIRS if not block.roomy])  # whose registers do there
+TUNED_FROM_HOPPER = _of_blocks([IN_PARTS])  # clusters of blocks are new there

@@ -116,11 +116,28 @@ struct Mbarrier {
     __device__ __forceinline__ void arrive() {
         asm volatile("{.reg .b64 state; mbarrier.arrive.shared.b64 state, [%0];}" ::"r"(uint32(__cvta_generic_to_shared(&word))) : "memory");
     }
+    // By one thread, which arrives: it opens when what others `send` here makes so many bytes, too.
+    __device__ __forceinline__ void expect(int nbytes) {
+        asm volatile("{.reg .b64 state; mbarrier.arrive.expect_tx.shared.b64 state, [%0], %1;}" ::"r"(uint32(__cvta_generic_to_shared(&word))), "r"(nbytes) : "memory");
+    }
     // By whole warps, until it has opened for the first time where parity is 0, then the second where it is 1, and so on.
     __device__ __forceinline__ void wait(int parity) {
         asm volatile("{.reg .pred open;\nAGAIN:\nmbarrier." TRY_WAIT ".parity.shared.b64 open, [%0], %1;\n" SLEEP "@!open bra.uni AGAIN;\n}" ::"r"(uint32(__cvta_generic_to_shared(&word))), "r"(parity) : "memory");
     }
 };
+
+// ---- clusters of blocks, on compute capability 9.0 and later ----
+
+// By all threads, when their block's Mbarriers have begun: from then on others of the cluster may send to it.
+__device__ __forceinline__ void arrive_at_cluster() {
+    asm volatile("fence.mbarrier_init.release.cluster;\nbarrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+// By whole warps, before they send anything.
+__device__ __forceinline__ void wait_for_cluster() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// To another block's shared memory, where `to` and `full` lie as here. Who has waited at its `full` can read it.
+__device__ __forceinline__ void send(float2 value, const float2* to, const Mbarrier& full, int block) {
+    asm volatile("{.reg .b32 to, full;\nmapa.shared::cluster.u32 to, %0, %4;\nmapa.shared::cluster.u32 full, %1, %4;\nst.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [to], {%2, %3}, [full];}" ::"r"(uint32(__cvta_generic_to_shared(to))), "r"(uint32(__cvta_generic_to_shared(&full.word))), "f"(value.x), "f"(value.y), "r"(block) : "memory");
+}
 
 __device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 

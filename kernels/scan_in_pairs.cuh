@@ -12,6 +12,14 @@ struct Round : Memory<true> {
   Mbarrier left;    // those that walk are in this round, and have left the one before
 };
 
+// Behind the ring, in the second of two blocks that share a sequence (scan_in_parts.cuh).
+struct alignas(16) Inbox {
+  float2 states[THREADS];  // the first block's at `lead`, of every walking lane
+  Mbarrier full;           // they are there
+
+  __device__ __forceinline__ float4* tile(int i) { return (float4*)(this + 1) + i * THREADS + threadIdx.x; }  // of a lane
+};
+
 __device__ __forceinline__ int onward(int place) { return place + 1 == RING ? 0 : place + 1; }
 
 struct Pair : Lane<true, true> {
@@ -24,21 +32,25 @@ struct Pair : Lane<true, true> {
   Chain chain;  // 4 ahead
   Four now;
   float total, factor[STATES];  // of the tile that ends next
+  Inbox& inbox;
 
-  __device__ __forceinline__ Pair(const Params& p, const Place& w, Memory<true>* memory) : Lane(p, w, memory) {}
+  __device__ __forceinline__ Pair(const Params& p, const Place& w, Round* ring, Inbox& inbox) : Lane(p, w, ring), inbox(inbox) {}
 
   // Both lanes begin where the first one does. What the second finds before its turn comes is left behind: in registers when
   // it begins its tile, and in the last place of the ring.
-  __device__ __forceinline__ void begin(Memory<true>* ring) {
-    write_to(ring + RING - 1, true);
+  __device__ __forceinline__ void begin(Round& round, Round& last) {
+    write_to(&last, true);
     shares += T - 8;
-    use_from(ring, true);
+    use_from(&round, true);
     before = constants()->nothing;
-    read_from(ring, true);
+    begin_steps(round);
+    chain = load_chain();
+  }
+  __device__ __forceinline__ void begin_steps(const Round& round) {
+    read_from(&round, true);
     raw = load_four();
     now = find_four();
     raw = load_four();
-    chain = load_chain();
   }
 
   // No lane goes another way than the others here: branches would cost more than what they leave out.
@@ -67,6 +79,10 @@ struct Pair : Lane<true, true> {
         __syncwarp();
       }
     }
+    if (PARTS > 1 && t0 == p.lead) {  // both lanes have ended the tile before
+      wait_for_cluster();
+      send(make_float2(H[0], H[1]), inbox.states + threadIdx.x, inbox.full, 1);
+    }
     const bool ends_tile = (t0 + T) % TILE == 0 || t0 + T >= w.end;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -90,10 +106,9 @@ struct Pair : Lane<true, true> {
     next_tile(place == 1, true);
 #pragma unroll
     for (int i = 0; i < STATES; ++i)
-      if (exists(i)) p.last[row * N + sub * STATES + i] = H[i];
+      if (exists(i) && (PARTS == 1 || w.end == p.length)) p.last[row * N + sub * STATES + i] = H[i];
   }
 
- private:
   // Inputs are read two steps before their lane walks them, C and the shares so far one step before.
   __device__ __forceinline__ void read_from(const Memory<true>* memory, bool now) {
     steps = now ? memory->step + row_of(mine) : steps;
@@ -187,20 +202,38 @@ struct Pair : Lane<true, true> {
   }
 };
 
-__device__ __forceinline__ void walk_in_pairs(const Params& p, const Place& w, Round* ring) {
-  Pair lane(p, w, ring);
-  ring->staged.wait(0);
-  lane.begin(ring);
+#include "scan_in_parts.cuh"
+
+// Where a walk is in the ring.
+struct Where {
+  Round* ring;
   int now = 0, parity = 0;
-#pragma unroll 1
-  for (int t0 = w.first; t0 < w.end; t0 += T) {
+
+  template <class Walker> __device__ __forceinline__ void walk_round(Walker& walker, int t0) {
     Round& round = ring[now];
     now = onward(now);
     parity ^= now == 0;
-    lane.walk_round(t0, round, ring[now], parity);
+    walker.walk_round(t0, round, ring[now], parity);
   }
+};
+
+__device__ __forceinline__ void walk_in_pairs(const Params& p, const Place& w, Round* ring, Inbox& inbox) {
+  Pair lane(p, w, ring, inbox);
+  Where at{ring};
+  int t0 = w.from;
+  ring->staged.wait(0);
+  if (PARTS > 1 && t0 < w.first) {
+    Ahead ahead{lane};
+    lane.begin_steps(*ring);
+#pragma unroll 1
+    for (; t0 < w.first; t0 += T) at.walk_round(ahead, t0);
+    ahead.link();
+  }
+  lane.begin(ring[at.now], ring[(at.now ? at.now : RING) - 1]);
+#pragma unroll 1
+  for (; t0 < w.end; t0 += T) at.walk_round(lane, t0);
   lane.end();
-  ring[now].left.arrive();
+  ring[at.now].left.arrive();
 }
 
 __device__ __forceinline__ void feed_pairs(const Params& p, const Place& w, Round* ring) {
@@ -230,14 +263,14 @@ __device__ __forceinline__ void feed_pairs(const Params& p, const Place& w, Roun
     else elementwise.template finish<false>(gates, t0);
   };
 
-  fetch(w.first);
-  stage(w.first, 0);
+  fetch(w.from);
+  stage(w.from, 0);
   ring[0].staged.arrive();
-  fetch(w.first + T);
-  stage(w.first + T, 1);
+  fetch(w.from + T);
+  stage(w.from + T, 1);
   ring[1].staged.arrive();
-  fetch(w.first + 2 * T);
-  int t0 = w.first, now = 0, parity = 0;
+  fetch(w.from + 2 * T);
+  int t0 = w.from, now = 0, parity = 0;
   int free = RING - 1;  // where the round before t0 lies, and the one two ahead of t0 will
 #pragma unroll 1
   for (; t0 < w.end; t0 += T) {
@@ -246,7 +279,7 @@ __device__ __forceinline__ void feed_pairs(const Params& p, const Place& w, Roun
     fetch(t0 + 3 * T);
     if (t0 > w.first) finish(t0 - T, free);  // its outputs are still there
     ring[free].staged.arrive();
-    fetch_gate(t0);
+    if (PARTS == 1 || t0 >= w.first) fetch_gate(t0);
     free = onward(free);
     now = onward(now);
     parity ^= now == 0;
@@ -260,15 +293,21 @@ __device__ __forceinline__ void pass_in_pairs(const Params& p) {
   wait_for_earlier_kernels();
   const Place w = locate(p);
   Round* ring = (Round*)memory_of_block<true>();
+  Inbox& inbox = *(Inbox*)(ring + RING);
   fill_constants(p, w);
   if (threadIdx.x < RING) {
     ring[threadIdx.x].staged.begin(FEEDERS);
     ring[threadIdx.x].left.begin(THREADS);
   }
+  if (PARTS > 1 && threadIdx.x == 0) {
+    inbox.full.begin(1);
+    inbox.full.expect(sizeof inbox.states);
+  }
   __syncthreads();
+  if (PARTS > 1) arrive_at_cluster();
   // From another lane, so that the compiler knows that whole warps go one way: else it would keep a second copy of the code
   // for those that do not.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
-  if (warp < WALKERS) walk_in_pairs(p, w, ring);
+  if (warp < WALKERS) walk_in_pairs(p, w, ring, inbox);
   else if (warp % SCHEDULERS >= BUSY) feed_pairs(p, w, ring);
 }

@@ -22,6 +22,7 @@ constexpr int SHARERS = LANES / SHARES, STATES = CHAIN / SHARERS;  // lanes a sh
 constexpr int ROW = SHARES * CHAIN, QUADS = ROW / 4;               // states of a channel, padded; in fours
 constexpr bool IN_PAIRS = SHARERS == 2;
 static_assert(SHARERS == 1 || IN_PAIRS && N == 2 * LANES);
+static_assert(PARTS == 1 || IN_PAIRS && PARTS == 2);                // blocks that share a sequence: see scan_in_parts.cuh
 constexpr int ABREAST = 32 / LANES, CHANNELS = WALKERS * ABREAST;  // channels side by side in a warp; a block
 constexpr int T = TOKENS, EACH = 8;                                // tokens at a time; elements a thread
 constexpr int FEEDERS = CHANNELS * T / EACH;                       // threads that do what is element by element:
@@ -62,7 +63,7 @@ enum { TOKENS_A_THREAD, CHANNELS_A_THREAD, THREADS_ON_TOKENS, THREADS_ON_CHANNEL
 constexpr int RUNS = MAP == CHANNELS_A_THREAD ? 2 : 1, RUN = EACH / RUNS;  // at neighbouring tokens
 enum { VECTORS_OF_TOKENS, VECTORS_OF_STATES, STRIDED, CONSTANT };             // B and C; CONSTANT: (D, N)
 
-struct Place { int b, g, channel, channels, first, end; bool any; };  // first channel, how many; tokens
+struct Place { int b, g, channel, channels, from, first, end; bool any; };  // first channel, how many; tokens, y from `first` on
 
 // Whether all of a block's channels and of the T tokens from t0 are there. Where WHOLE, that is so for every piece.
 __device__ __forceinline__ bool is_whole(const Place& w, int t0) { return WHOLE ? t0 < w.end : w.channels == CHANNELS && t0 + T <= w.end; }
@@ -73,7 +74,8 @@ __device__ __forceinline__ Place locate(const Params& p) {
   const int tiles = (p.length - 1) / TILE + 1;
   const int asked = p.device_chunk ? *p.device_chunk : p.chunk;
   const int chunk = min(max((asked - 1) / TILE + 1, 1), tiles) * TILE;
-  unsigned i = blockIdx.x;
+  const int part = blockIdx.x % PARTS;
+  unsigned i = blockIdx.x / PARTS;
   const auto digit = [&](const Divisor& d) {  // the grid counts blocks fastest, then groups, batch rows and chunks
     const unsigned n = i;
     i = n / d;
@@ -84,9 +86,11 @@ __device__ __forceinline__ Place locate(const Params& p) {
   w.b = digit(p.batch);
   w.channel = w.g * p.group_channels + block * CHANNELS;
   w.channels = min(CHANNELS, p.group_channels - block * CHANNELS);
+  i = i * PARTS + part;
   w.any = (int64)i * chunk < p.length;
   w.first = i * chunk;
   w.end = min(w.first + chunk, p.length);
+  w.from = part > 0 ? p.lead : w.first;
   return w;
 }
 
@@ -157,10 +161,10 @@ template <class X, int COUNT> struct Elements {
 // This thread's elements of one tensor, T tokens after T tokens. Vectors are contiguous, which spares registers.
 template <class X, bool VECTOR> struct Walker {
   X* at;  // element 0
-  __device__ __forceinline__ Walker(X* x, const Strides& st, const Place& w) {
+  __device__ __forceinline__ Walker(X* x, const Strides& st, const Place& w, int first) {
     int c, t;
     element(0, c, t);
-    at = x + w.b * st.batch + (w.channel + c) * st.channel + (w.first + t) * st.token;
+    at = x + w.b * st.batch + (w.channel + c) * st.channel + (first + t) * st.token;
   }
   __device__ __forceinline__ void advance(const Strides& st) { at += T * (VECTOR && MAP == TOKENS_A_THREAD ? 1 : st.token); }
   __device__ __forceinline__ void prefetch_later(const Strides& st) const {  // what is loaded two pieces later
@@ -350,10 +354,10 @@ template <bool FIND_Y> struct Elementwise {
   Projected<T_C, LAYOUT_C> C;
 
   __device__ __forceinline__ Elementwise(const Params& p, const Place& w, Memory<FIND_Y>* memory)
-      : p(p), w(w), memory(memory), u(p.u, p.su, w), delta(p.delta, p.sdelta, w), z(p.z, p.sz, w), y(p.y, p.sy, w),
-        stages_B(feeder() < FEEDERS / 2),
-        B(start_of(stages_B || !ALIKE ? p.B : (const T_B*)p.C, of_B()), of_B(), feeder() % (FEEDERS / 2), w.first),
-        C(start_of(p.C, p.sC), p.sC, feeder() % (FEEDERS / 2), w.first) {}
+      : p(p), w(w), memory(memory), u(p.u, p.su, w, w.from), delta(p.delta, p.sdelta, w, w.from),
+        z(p.z, p.sz, w, w.first), y(p.y, p.sy, w, w.first), stages_B(feeder() < FEEDERS / 2),
+        B(start_of(stages_B || !ALIKE ? p.B : (const T_B*)p.C, of_B()), of_B(), feeder() % (FEEDERS / 2), w.from),
+        C(start_of(p.C, p.sC), p.sC, feeder() % (FEEDERS / 2), w.from) {}
 
   template <class X> __device__ __forceinline__ const X* start_of(const X* x, const Projection& st) const {
     return x + w.b * st.batch + w.g * st.group;
@@ -618,7 +622,12 @@ extern "C" __global__ __launch_bounds__(THREADS, BLOCKS + (MAP == TOKENS_A_THREA
 }
 extern "C" __global__ __launch_bounds__(THREADS, BLOCKS) void scan_outputs(const __grid_constant__ Params p) { pass<false, true>(p); }
 #else
-extern "C" __global__ __launch_bounds__(BLOCK, BLOCKS) void scan_both(const __grid_constant__ Params p) {
+#if PARTS > 1
+#define CLUSTER __cluster_dims__(PARTS, 1, 1)
+#else
+#define CLUSTER
+#endif
+extern "C" __global__ CLUSTER __launch_bounds__(BLOCK, BLOCKS) void scan_both(const __grid_constant__ Params p) {
   if constexpr (IN_PAIRS) pass_in_pairs(p);
   else pass<true, true>(p);
 }

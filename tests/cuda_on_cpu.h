@@ -1,8 +1,8 @@
 // Runs a CUDA kernel on the CPU, for tests of its logic where there is no GPU. Every thread of a block is a fiber that
-// runs until it waits at a barrier or, with ON_THREADS, a thread that runs beside the others, for ThreadSanitizer. Blocks
-// run one after another, last first, and shared memory starts as garbage. It knows what kernels/selective_scan.cu uses:
-// barriers of a block, of a warp and in shared memory, shuffles of whole warps, no atomics, and exp2 and 1/x in place of
-// the GPU's.
+// runs until it waits at a barrier or, with ON_THREADS, a thread that runs beside the others, for ThreadSanitizer. Clusters
+// of PARTS blocks run one after another, last first, and shared memory starts as garbage. It knows what
+// kernels/selective_scan.cu uses: barriers of a block, of a warp and in shared memory, one of a cluster, shuffles of whole
+// warps, no atomics, and exp2 and 1/x in place of the GPU's.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -24,6 +24,7 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __grid_constant__
 #define __align__(n) alignas(n)
 using std::max;
@@ -62,12 +63,17 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 }
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)}; }
 
+#ifndef PARTS
+#define PARTS 1
+#endif
+constexpr int MOST = 2;  // blocks of a cluster: libraries in one process share these variables, whatever their PARTS is
 struct Index { unsigned x, y, z; };
-inline Index blockIdx, blockDim, gridDim;
-inline void* shared_memory;
+inline Index blockDim, gridDim;
+inline char* memories[MOST];  // shared, of the blocks of a cluster
+#define shared_memory (memories[blockIdx.x % PARTS])
 
 #ifdef ON_THREADS
-inline thread_local Index threadIdx;
+inline thread_local Index threadIdx, blockIdx;
 
 struct Barrier {
   std::mutex mutex;
@@ -87,11 +93,12 @@ struct Barrier {
   }
 };
 #else
-struct Fiber { ucontext_t context; Index thread; bool done; std::vector<char> stack; };
+struct Fiber { ucontext_t context; Index thread, block; bool done; std::vector<char> stack; };
 inline Fiber* running;
 inline ucontext_t scheduler;
 inline unsigned long passed;  // barriers and ends of threads: there is always a next one, or the block hangs
 #define threadIdx (running->thread)
+#define blockIdx (running->block)
 
 struct Barrier {
   unsigned arrived = 0, round = 0;
@@ -108,14 +115,14 @@ struct Barrier {
   }
 };
 #endif
-inline Barrier block_barrier, warp_barriers[32];
-inline void __syncthreads() { block_barrier.wait(blockDim.x); }
-inline void __syncwarp() { warp_barriers[threadIdx.x / 32].wait(32); }
+inline Barrier block_barriers[MOST], warp_barriers[MOST][32];
+inline void __syncthreads() { block_barriers[blockIdx.x % PARTS].wait(blockDim.x); }
+inline void __syncwarp() { warp_barriers[blockIdx.x % PARTS][threadIdx.x / 32].wait(32); }
 template <class X> X value_of(unsigned thread, X mine) {  // in its warp
-  static X offered[1024];
-  offered[threadIdx.x] = mine;
+  static X offered[MOST][1024];
+  offered[blockIdx.x % PARTS][threadIdx.x] = mine;
   __syncwarp();
-  const X theirs = offered[thread];
+  const X theirs = offered[blockIdx.x % PARTS][thread];
   __syncwarp();
   return theirs;
 }
@@ -149,23 +156,53 @@ inline void wait_at_mbarrier(Word& word, int parity) {
 #endif
 }
 
+// A barrier of a cluster that is passed once, and what its blocks send each other: every 8 bytes arrive by themselves.
+inline std::atomic<unsigned> in_cluster;
+inline void arrive_at_cluster_barrier() {
+  if (++in_cluster < PARTS * blockDim.x) return;
+#ifdef ON_THREADS
+  in_cluster.notify_all();
+#else
+  ++passed;
+#endif
+}
+inline void wait_at_cluster_barrier() {
+  for (unsigned seen; (seen = in_cluster) < PARTS * blockDim.x;)
+#ifdef ON_THREADS
+    in_cluster.wait(seen);
+#else
+    swapcontext(&running->context, &scheduler);
+#endif
+}
+inline void expect_at_mbarrier(Word& word, Word nbytes) {
+  std::atomic_ref(word) += nbytes / 8;
+  arrive_at_mbarrier(word);
+}
+template <class X> X& in_block(X& x, int block) { return *(X*)((char*)&x - shared_memory + memories[block]); }
+inline void send_to_block(float2 value, const float2* to, const Word& word, int block) {
+  in_block((float2&)*to, block) = value;
+  arrive_at_mbarrier(in_block((Word&)word, block));
+}
+
 #ifdef ON_THREADS
 template <class Params> void run_grid(void (*kernel)(const Params), const Params& params, unsigned grid, unsigned threads, size_t shared) {
   gridDim = {grid, 1, 1};
   blockDim = {threads, 1, 1};
-  shared_memory = aligned_alloc(128, (shared + 128) / 128 * 128);
-  for (unsigned block = grid; block-- > 0;) {
-    blockIdx = {block, 0, 0};
-    memset(shared_memory, 0xab, shared);
+  for (char*& memory : memories) memory = (char*)aligned_alloc(128, (shared + 128) / 128 * 128);
+  for (unsigned first = grid; first > 0;) {
+    first -= PARTS;
+    for (char* memory : memories) memset(memory, 0xab, shared);
+    in_cluster = 0;
     std::vector<std::thread> running;
-    for (unsigned t = 0; t < threads; ++t)
+    for (unsigned t = 0; t < PARTS * threads; ++t)
       running.emplace_back([&, t] {
-        threadIdx = {t, 0, 0};
+        threadIdx = {t % threads, 0, 0};
+        blockIdx = {first + t / threads, 0, 0};
         kernel(params);
       });
     for (auto& thread : running) thread.join();
   }
-  free(shared_memory);
+  for (char* memory : memories) free(memory);
 }
 #else
 template <class Params> void run_grid(void (*kernel)(const Params), const Params& params, unsigned grid, unsigned threads, size_t shared) {
@@ -175,15 +212,16 @@ template <class Params> void run_grid(void (*kernel)(const Params), const Params
   entry = kernel;
   gridDim = {grid, 1, 1};
   blockDim = {threads, 1, 1};
-  std::vector<Fiber> fibers(threads);
+  std::vector<Fiber> fibers(PARTS * threads);
   for (auto& fiber : fibers) fiber.stack.resize(1 << 17);
-  shared_memory = aligned_alloc(128, (shared + 128) / 128 * 128);
-  for (unsigned block = grid; block-- > 0;) {
-    blockIdx = {block, 0, 0};
-    memset(shared_memory, 0xab, shared);
-    for (unsigned t = 0; t < threads; ++t) {
+  for (char*& memory : memories) memory = (char*)aligned_alloc(128, (shared + 128) / 128 * 128);
+  for (unsigned first = grid; first > 0;) {
+    first -= PARTS;
+    for (char* memory : memories) memset(memory, 0xab, shared);
+    for (unsigned t = 0; t < fibers.size(); ++t) {
       Fiber& fiber = fibers[t];
-      fiber.thread = {t, 0, 0};
+      fiber.thread = {t % threads, 0, 0};
+      fiber.block = {first + t / threads, 0, 0};
       fiber.done = false;
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -191,14 +229,15 @@ template <class Params> void run_grid(void (*kernel)(const Params), const Params
       fiber.context.uc_link = &scheduler;
       makecontext(&fiber.context, +[] { entry(*argument); running->done = true; }, 0);
     }
-    block_barrier = {};
-    std::fill(std::begin(warp_barriers), std::end(warp_barriers), Barrier{});
+    std::fill(std::begin(block_barriers), std::end(block_barriers), Barrier{});
+    for (auto& of_block : warp_barriers) std::fill(std::begin(of_block), std::end(of_block), Barrier{});
+    in_cluster = 0;
     unsigned long before = -1;
-    for (unsigned left = threads; left > 0;) {
+    for (unsigned left = fibers.size(); left > 0;) {
       const bool waits = passed == before;  // all that could run has run in the last turn
       before = passed;
-      for (unsigned t = 0; t < threads; ++t) {
-        Fiber& fiber = fibers[block % 2 ? threads - 1 - t : t];  // either order, so that who relies on one is noticed
+      for (unsigned t = 0; t < fibers.size(); ++t) {
+        Fiber& fiber = fibers[first / PARTS % 2 ? fibers.size() - 1 - t : t];  // either order, so that who relies on one is noticed
         if (fiber.done) continue;
         running = &fiber;
         swapcontext(&scheduler, &fiber.context);
@@ -208,6 +247,6 @@ template <class Params> void run_grid(void (*kernel)(const Params), const Params
       if (waits && passed == before) { fprintf(stderr, "threads wait at a barrier that others do not reach\n"); abort(); }
     }
   }
-  free(shared_memory);
+  for (char* memory : memories) free(memory);
 }
 #endif

@@ -56,6 +56,12 @@ def scan():
             _scan_cuda._plans.clear()
             for chunk in chunks:
                 finite(*run(inputs, chunk_size=device_chunk(256) if chunk == "device" else chunk))
+    if torch.cuda.get_device_capability()[0] >= 9:  # clusters of two blocks a sequence
+        _scan_way.parts_for = lambda *_: _scan_way.IN_PARTS
+        _scan_cuda._plans.clear()
+        for layout, dtype in (("channel_major", bf16), ("token_major", f32)):
+            inputs = gpu_inputs(2, 40, 1100, layout=layout, dtype=dtype, options=OPTIONS)
+            finite(*run(inputs, chunk_size=_scan_way.first_part(9) * _scan_way.TILE))
 
 
 def entropy():

@@ -73,9 +73,13 @@ class Emulation:
 _INSTRUCTIONS = {  # in PTX, and in their place
     "ex2": "y = exp2f(x);",
     "rcp": "y = 1.0f / x;",
-    "mbarrier.init": "begin_mbarrier(word, count);",
-    "mbarrier.arrive": "arrive_at_mbarrier(word);",
+    "mbarrier.init.shared": "begin_mbarrier(word, count);",
+    "mbarrier.arrive.shared": "arrive_at_mbarrier(word);",
     'mbarrier." TRY_WAIT ".parity': "wait_at_mbarrier(word, parity);",
+    "mbarrier.arrive.expect_tx": "expect_at_mbarrier(word, nbytes);",
+    "barrier.cluster.arrive": "arrive_at_cluster_barrier();",
+    "barrier.cluster.wait": "wait_at_cluster_barrier();",
+    "st.async": "send_to_block(value, to, full.word, block);",
     "prefetch": "",
 }
 _RUN = """#include "cuda_on_cpu.h"
@@ -97,6 +101,7 @@ class _Function:
 
 
 class _Properties:
+    major = 0  # no clusters
     multi_processor_count = 1  # one pass as soon as there are two blocks
     shared_memory_per_block_optin = 0  # no pairs
 

@@ -174,6 +174,7 @@ def launches(monkeypatch):
             pass
 
     class Properties:
+        major = 0  # no clusters
         multi_processor_count = 1
         shared_memory_per_block_optin = 0
 
@@ -386,15 +387,41 @@ PAIRS = _scan_way.PAIRS[1]
     ],
 )
 def test_a_scan_is_one_pass_or_split_by_the_blocks_that_it_makes(blocks, tiles, chunk_size, layout, pairs, way):
-    assert _scan_way.way(blocks, tiles, 132, chunk_size, layout, pairs) == way
+    assert _scan_way.way(blocks, tiles, 132, chunk_size, layout, pairs, None) == way
+
+
+@pytest.mark.parametrize(
+    "channels, tiles, chunk_size, layout, way",
+    [
+        (1024, 32, None, "channel_major", (20, _scan_way.IN_PARTS)),
+        (1024, 8, None, "token_major", (5, _scan_way.IN_PARTS)),
+        (1024, 5, None, "channel_major", (5, PAIRS)),
+        (512, 8, None, "channel_major", (5, _scan_way.IN_PARTS)),
+        (512, 32, None, "channel_major", (1, None)),  # enough multiprocessors to find states that are found twice
+        (1024, 32, 20 * 128, "channel_major", (20, _scan_way.IN_PARTS)),  # what None stands for
+        (1024, 32, 19 * 128, "channel_major", (19, None)),
+        (1024, 32, 32 * 128, "channel_major", (32, PAIRS)),
+        (1024, 32, torch.tensor(2560, dtype=torch.int32), "channel_major", (32, None)),
+    ],
+)
+def test_two_blocks_share_a_sequence_where_that_is_the_fastest(channels, tiles, chunk_size, layout, way):
+    parts = _scan_way.IN_PARTS
+    assert _scan_way.way(channels // 32, tiles, 132, chunk_size, layout, PAIRS, parts) == way
+
+
+@pytest.mark.parametrize("tiles", range(_scan_way.SHORT + 1, 400))
+def test_the_second_part_looks_ahead_over_tiles_of_the_first(tiles):
+    assert 0 < _scan_way.lead(tiles) < _scan_way.first_part(tiles) < tiles <= 2 * _scan_way.first_part(tiles)
 
 
 class H200:
+    major = 9
     multi_processor_count = 132
     shared_memory_per_block_optin = 227 << 10
 
 
 class A100:
+    major = 8
     multi_processor_count = 108
     shared_memory_per_block_optin = 163 << 10
 
@@ -422,3 +449,21 @@ class A100:
 def test_blocks_in_pairs_are_the_smallest_that_give_a_multiprocessor_one(gpu, shape, dtype, walkers_and_tokens):
     block = _scan_way.pairs_for(torch.empty(shape, dtype=dtype, device="meta"), 1, gpu)
     assert (block and (block.walkers, block.tokens)) == walkers_and_tokens
+
+
+@pytest.mark.parametrize(
+    "gpu, shape, dtype, can",
+    [
+        (H200, (1, 1024, 4096), torch.bfloat16, True),
+        (H200, (1, 1056, 4096), torch.float32, True),
+        (H200, (1, 1072, 4096), torch.bfloat16, False),  # more than half of the multiprocessors
+        (H200, (1, 1024, 640), torch.bfloat16, False),  # too short
+        (H200, (1, 1024, 4097), torch.bfloat16, False),  # no whole vectors
+        (H200, (1, 1024, 16384), torch.bfloat16, True),
+        (H200, (1, 1024, 32768), torch.bfloat16, False),  # more tiles than fit into shared memory
+        (A100, (1, 768, 4096), torch.bfloat16, False),  # has no clusters
+    ],
+)
+def test_two_blocks_can_share_a_sequence(gpu, shape, dtype, can):
+    block = _scan_way.parts_for(torch.empty(shape, dtype=dtype, device="meta"), 1, gpu)
+    assert block == (_scan_way.IN_PARTS if can else None)

@@ -89,6 +89,23 @@ def test_one_pass_in_pairs_or_not_gives_the_same_bits(dtype, layout, monkeypatch
     assert int(differences) == 0
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_two_blocks_a_sequence_give_the_same_bits(dtype, layout, monkeypatch):
+    if torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("this GPU has no clusters of blocks, which are new on compute capability 9.0")
+    monkeypatch.setattr(_scan_way, "parts_for", lambda *_: _scan_way.IN_PARTS)
+    differences = Differences()
+    for shape in ((1, 16, 641), (2, 34, 768), (1, 130, 1057), (3, 40, 2048), (1, 1024, 4096), (1, 20, 19000)):
+        for how in ({}, {"memory": "forgetful", "B_kind": "constant", "C_kind": "grouped", "options": OPTIONS}):
+            inputs = gpu_inputs(*shape, dtype=dtype, layout=layout, **how)
+            _scan_cuda._plans.clear()
+            parts = run(inputs, chunk_size=_scan_way.first_part(-(-shape[2] // TILE)) * TILE)
+            differences.add(parts, run(inputs, chunk_size=TILE))
+    _scan_cuda._plans.clear()
+    assert int(differences) == 0
+
+
 # ---- splits, rows and channels ---------------------------------------------------------------------------------------
 
 

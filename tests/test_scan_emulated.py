@@ -6,6 +6,7 @@ from scan_emulation import emulated  # noqa: F401
 from scan_inputs import OPTIONS, in_float64, lay_out, make_inputs, relative_error
 
 from corey import _scan_way
+from corey._scan_args import TILE
 from corey._scan_cuda import _divisor
 from corey.scan import selective_scan_ref
 
@@ -110,9 +111,12 @@ PAIR_BREAKS = {
     ),
     "factors of two tiles": ("if (step == 3 && ends_tile) sum = 0.f;", ""),
     "the last tokens are dropped": ("      step();\n      step();\n", "      step();\n"),
-    "the next round is read too early": ("if (i == 2) {\n        next.staged", "if (i == 1) {\n        next.staged"),
+    "the next round is read too early": (
+        "if (i == 2) {\n        next.staged.wait(parity);\n        read",
+        "if (i == 1) {\n        next.staged.wait(parity);\n        read",
+    ),
     "shares and C are read too late": ("if (i == 1) use_from(memory", "if (i == 2) use_from(memory"),
-    "the second round is not staged": ("  stage(w.first + T, 1);\n", ""),
+    "the second round is not staged": ("  stage(w.from + T, 1);\n", ""),
     "u of another round": ("us[0] = us[1];", "us[0] = us[2];"),
 }
 
@@ -124,6 +128,64 @@ def test_breaks_of_pairs_are_noticed(old, new, emulated, monkeypatch):  # noqa: 
     use_pairs(monkeypatch, PAIRS[1])
     assert all(torch.equal(got, right) for got, right in zip(emulated(inputs, 2**20 * 128), want))
     assert not all(torch.equal(got, right) for got, right in zip(emulated(inputs, 2**20 * 128, edit(old, new)), want))
+
+
+def in_parts(scan, inputs, monkeypatch, change=None):
+    """y and the last state of two blocks a sequence."""
+    monkeypatch.setattr(_scan_way, "parts_for", lambda *_: _scan_way.IN_PARTS)
+    tiles = -(-inputs["u"].shape[2] // TILE)
+    results = scan(inputs, _scan_way.first_part(tiles) * TILE, change)
+    monkeypatch.setattr(_scan_way, "parts_for", lambda *_: None)
+    return results
+
+
+PARTS = {
+    "channel-major, whole pieces": {"dtype": bf16, "length": 768, "dim": 32},
+    "token-major": {"dtype": bf16, "length": 1100, "layout": "token_major", "B_kind": "grouped", "C_kind": "grouped"},
+    "float16, constant B": {"dtype": f16, "length": 920, "B_kind": "constant"},
+    "float32, forgetful": {"dtype": f32, "length": 1312, "memory": "forgetful"},
+    "float32, of long memory": {"dtype": f32, "length": 801, "layout": "token_major", "memory": "long"},
+}
+
+
+@pytest.mark.parametrize("case", PARTS.values(), ids=PARTS)
+def test_two_blocks_a_sequence_give_the_same_bits(case, emulated, monkeypatch):  # noqa: F811
+    inputs = make_inputs(options=OPTIONS, **{"batch": 2, "dim": 40} | case)
+    for got, right in zip(in_parts(emulated, inputs, monkeypatch), emulated(inputs, 128)):
+        assert torch.equal(got, right) and torch.equal(got.signbit(), right.signbit())
+
+
+PART_BREAKS = {
+    "the state is read before it has come": ("    lane.inbox.full.wait(0);\n", ""),
+    "the state is sent a tile late": ("if (PARTS > 1 && t0 == p.lead) {", "if (PARTS > 1 && t0 == p.lead + TILE) {"),
+    "the state is sent before its tile has ended": (
+        "if (PARTS > 1 && t0 == p.lead) {",
+        "if (PARTS > 1 && t0 == p.lead - T) {",
+    ),
+    "the second part starts from nothing": ("    h[0] = H[0];\n", ""),
+    "a tile is not linked": (
+        "i < (lane.w.first - lane.w.from) / TILE;",
+        "i < (lane.w.first - lane.w.from) / TILE - 1;",
+    ),
+    "a tile goes on": ("      lane.s[0] = lane.s[1] = 0.f;\n", ""),
+    "the sum of a tile goes on": ("lane.find_factors(i, ends_tile);", "lane.find_factors(i, false);"),
+    "the gate of another token": ("z(p.z, p.sz, w, w.first)", "z(p.z, p.sz, w, w.from)"),
+    "the first part's state is the last": ("(PARTS == 1 || w.end == p.length)", "w.end < p.length"),
+    "the second part looks ahead from another tile": (
+        "w.from = part > 0 ? p.lead : w.first;",
+        "w.from = part > 0 ? p.lead + TILE : w.first;",
+    ),
+}
+
+
+@pytest.mark.parametrize("old, new", PART_BREAKS.values(), ids=PART_BREAKS)
+def test_breaks_of_parts_are_noticed(old, new, emulated, monkeypatch):  # noqa: F811
+    inputs = make_inputs(batch=1, dim=16, length=2048, options=OPTIONS)
+    monkeypatch.setattr(_scan_way, "LEAD", 0.5)  # so that the second block has to wait for the first one
+    want = emulated(inputs, 128)
+    assert all(torch.equal(got, right) for got, right in zip(in_parts(emulated, inputs, monkeypatch), want))
+    broken = in_parts(emulated, inputs, monkeypatch, edit(old, new))
+    assert not all(torch.equal(got, right) for got, right in zip(broken, want))
 
 
 SKIP_TILES = edit("    chain.load(now, first + 2 * Chain::AHEAD);\n", "")

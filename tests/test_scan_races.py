@@ -11,6 +11,7 @@ from scan_inputs import OPTIONS, make_inputs
 from test_scan_emulated import edit
 
 from corey import _cuda, _scan_cuda, _scan_way
+from corey._scan_args import TILE
 from corey.scan import _outputs
 
 bf16 = torch.bfloat16
@@ -70,20 +71,22 @@ class Programs(Emulation):
 
 @pytest.fixture
 def reports(tmp_path, monkeypatch):
-    """A function (inputs, block, change=None): what ThreadSanitizer says of one pass with that block."""
+    """A function (inputs, block, change=None): what ThreadSanitizer says of one pass, or two parts, with that block."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed, which compiles the kernel for the CPU")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: _Properties)
 
     def run(inputs, block, change=None):
-        monkeypatch.setattr(_scan_way, "pairs_for", lambda *_: block)
+        parts = block and block.parts > 1
+        monkeypatch.setattr(_scan_way, "parts_for" if parts else "pairs_for", lambda *_: block)
+        chunk = _scan_way.first_part(-(-inputs["u"].shape[2] // TILE)) if parts else 2**20
         tensors = tuple(inputs.get(name) for name in TENSORS)
         y, last = _outputs(inputs["u"], inputs["A"])
         programs = Programs(tmp_path, change, (*tensors, y, last))
         for name in ("function", "launch", "source_version"):
             monkeypatch.setattr(_cuda, name, getattr(programs, name))
-        plan = _scan_cuda._plan(*tensors[:8], inputs["delta_softplus"], tensors[8], 2**20 * 128)
+        plan = _scan_cuda._plan(*tensors[:8], inputs["delta_softplus"], tensors[8], chunk * TILE)
         _scan_cuda._run(plan, tensors, None, lambda *_: (y, last))
         return programs.reports
 
@@ -98,6 +101,7 @@ CASES = [
     (5, {"dim": 48, "length": 128}),
     (None, {"dim": 33, "length": 200}),
 ]
+PARTS = [{"dim": 16, "length": 768}, {"dim": 12, "length": 800, "layout": "token_major"}]
 
 
 @pytest.mark.parametrize("size, case", CASES, ids=[str(case) for _, case in CASES])
@@ -106,12 +110,17 @@ def test_threads_of_a_block_do_not_race(size, case, reports):
     assert reports(inputs, None if size is None else _scan_way.PAIRS[size]) == ""
 
 
+@pytest.mark.parametrize("case", PARTS, ids=str)
+def test_threads_of_two_blocks_do_not_race(case, reports):
+    assert reports(make_inputs(batch=1, dtype=bf16, options=OPTIONS, **case), _scan_way.IN_PARTS) == ""
+
+
 BREAKS = {
     "a round is overwritten while it is walked": (
         "    ring[now].left.wait(parity);\n    stage(t0 + 2 * T, free);\n",
         "    stage(t0 + 2 * T, free);\n    ring[now].left.wait(parity);\n",
     ),
-    "a round is walked before it is staged": ("        next.staged.wait(parity);\n", ""),
+    "a round is walked before it is staged": ("        next.staged.wait(parity);\n        read", "        read"),
     "outputs are read before the walk has left": (
         "  ring[now].left.wait(parity);\n  gates",
         "  gates",
@@ -129,3 +138,18 @@ BREAKS = {
 def test_a_missing_barrier_is_noticed(old, new, reports):
     inputs = make_inputs(batch=1, dim=40, length=300, dtype=bf16, layout="token_major", options=OPTIONS)
     assert "data race" in reports(inputs, _scan_way.PAIRS[4], edit(old, new))
+
+
+PART_BREAKS = {
+    "a round ahead is walked before it is staged": ("        next.staged.wait(parity);\n        lane", "        lane"),
+    "a round ahead is left too early": (
+        "    round.left.arrive();  // and the one before is left\n",
+        "    if (t0 == lane.w.from) round.left.arrive();\n    if (t0 + T < lane.w.first) next.left.arrive();\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("old, new", PART_BREAKS.values(), ids=PART_BREAKS)
+def test_a_missing_barrier_of_two_blocks_is_noticed(old, new, reports):
+    inputs = make_inputs(batch=1, dim=16, length=1280, dtype=bf16, options=OPTIONS)
+    assert "data race" in reports(inputs, _scan_way.IN_PARTS, edit(old, new))
