@@ -8,17 +8,17 @@ from corey._scan_args import TILE
 from corey._scan_blocks import IN_PARTS, PAIRS, plain_block, shared_bytes
 from corey._scan_layout import CHANNELS_A_THREAD, TOKENS_A_THREAD, layout_of, order_of
 
-# What decides, measured on an H200: blocks of 32 channels a multiprocessor with which one pass with one lane a share is
+# What decides, measured on an H200. Blocks of 32 channels a multiprocessor with which one pass with one lane a share is
 # faster than a split at 4096 tokens; nanoseconds that a token takes in pairs, by the block's walking warps, in two
-# parts, and in a split, for every block of 32 channels a multiprocessor; and how much longer the others take to launch
-# than pairs do.
+# parts, and in a split for every block of 32 channels a multiprocessor. The latter two take longer to begin than pairs
+# do, and a split of little work takes longer than in proportion, so it is the maximum of two lines.
 ONE_PASS = ((0.9, 1), (1.3, math.inf))
 IN_PAIRS_NS = {
     "channel_major": {3: 14.1, 4: 17, 6: 24, 8: 31, 10: 41, 12: 51},
     "token_major": {3: 19.3, 4: 19, 6: 28, 8: 32, 10: 47, 12: 56},
 }
-IN_PARTS_NS = {"channel_major": 11, "token_major": 12.3}
-SPLIT_NS, LAUNCHES_NS, PARTS_NS = 46.4, 9000, 1000
+IN_PARTS_NS, PARTS_NS = {"channel_major": 10.8, "token_major": 12.1}, 1400
+SPLIT_NS = ((9000, 46.4), (14500, 38))
 
 SHORT = 5  # tiles up to which one pass in pairs is always the fastest
 
@@ -52,7 +52,8 @@ def _fastest(busy, tiles, layout, pairs, parts):
     if tiles <= SHORT:
         return tiles
     tokens = tiles * TILE
-    ns = {split: SPLIT_NS * busy * tokens + LAUNCHES_NS, tiles: IN_PAIRS_NS[layout][pairs.walkers] * tokens}
+    ns = {split: max(begin + a_token * busy * tokens for begin, a_token in SPLIT_NS)}
+    ns[tiles] = IN_PAIRS_NS[layout][pairs.walkers] * tokens
     if parts:
         ns[first_part(tiles)] = IN_PARTS_NS[layout] * tokens + PARTS_NS
     return min(ns, key=ns.get)

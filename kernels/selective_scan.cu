@@ -9,10 +9,11 @@
 //
 // The tile of 128 tokens is the unit of arithmetic. Over a tile a lane computes the local state s, from zero, and the sum
 // of the steps; the carry is H' = exp(A sum) H + s, one fused multiply-add, and h starts each tile from H. A chunk is a
-// whole number of tiles that one block walks. With one chunk a sequence, `scan_both` does it all in one pass. With more,
-// chunks run in parallel: `scan_states` finds s and the sum of every tile, `scan_carry` links the tiles, and
-// `scan_outputs` walks again from the true states. Every tile does the same arithmetic in both, so the chunk size, and
-// whether a sequence is split at all, never changes a bit. It changes the time: splitting computes every exp twice.
+// whole number of tiles that one block walks. With one chunk a sequence, `scan_both` does it all in one pass, and with two
+// where two blocks share it (scan_in_parts.cuh). With more, chunks run in parallel: `scan_states` finds s and the sum of
+// every tile, `scan_carry` links the tiles, and `scan_outputs` walks again from the true states. Every tile does the same
+// arithmetic in all of them, so the chunk size, and whether a sequence is split at all, never changes a bit. It changes
+// the time: splitting computes every exp twice.
 #include "scan_params.cuh"
 
 constexpr int THREADS = WALKERS * 32;                              // those of a block that walk

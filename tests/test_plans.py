@@ -396,7 +396,8 @@ def test_a_scan_is_one_pass_or_split_by_the_blocks_that_it_makes(blocks, tiles, 
         (1024, 32, None, "channel_major", (20, _scan_way.IN_PARTS)),
         (1024, 8, None, "token_major", (5, _scan_way.IN_PARTS)),
         (1024, 5, None, "channel_major", (5, PAIRS)),
-        (512, 8, None, "channel_major", (5, _scan_way.IN_PARTS)),
+        (512, 16, None, "channel_major", (10, _scan_way.IN_PARTS)),
+        (768, 32, None, "channel_major", (1, None)),
         (512, 32, None, "channel_major", (1, None)),  # enough multiprocessors to find states that are found twice
         (1024, 32, 20 * 128, "channel_major", (20, _scan_way.IN_PARTS)),  # what None stands for
         (1024, 32, 19 * 128, "channel_major", (19, None)),
