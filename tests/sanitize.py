@@ -3,8 +3,8 @@
     compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 python tests/sanitize.py [part]
 
 Tools: memcheck, racecheck, initcheck, synccheck. Failed API calls are left out, as NVIDIA's bindings ask older drivers
-for newer functions. part: scan, entropy, hadamard, conv, update, norm or all of these (default), or clusters, which need
-compute capability 9.0 and with which racecheck did not come to an end in two minutes.
+for newer functions. part: scan, entropy, hadamard, conv, update, norm or all of these (default), or clusters: these
+need compute capability 9.0, and racecheck did not come to an end with them in two minutes.
 Shapes are tiny: a tool slows kernels down 10 to 100 times.
 Every allocation is a cudaMalloc of its own, so that a step beyond a tensor is a step beyond an allocation.
 """
