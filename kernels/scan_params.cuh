@@ -21,7 +21,7 @@ struct Params {
   int64 A_channel, A_state, D_channel, bias_channel, initial_batch, initial_channel, initial_state;
   Divisor blocks, groups, batch;  // blocks of channels a group
   int channels, group_channels, length, chunk;
-  int lead;                    // in parts: the tile that the second looks ahead from
+  int lead;                    // in two parts: the token from which the second looks ahead
 };
 
 // An infinite rate must not meet a step of zero.
