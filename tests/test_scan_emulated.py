@@ -157,6 +157,10 @@ def test_two_blocks_a_sequence_give_the_same_bits(case, emulated, monkeypatch): 
 
 PART_BREAKS = {
     "the state is read before it has come": ("    lane.inbox.full.wait(0);\n", ""),
+    "a round ahead is left too early": (
+        "    round.left.arrive();  // and the one before is left\n",
+        "    if (t0 == lane.w.from) round.left.arrive();\n    if (t0 + T < lane.w.first) next.left.arrive();\n",
+    ),
     "the state is sent a tile late": ("if (PARTS > 1 && t0 == p.lead) {", "if (PARTS > 1 && t0 == p.lead + TILE) {"),
     "the state is sent before its tile has ended": (
         "if (PARTS > 1 && t0 == p.lead) {",

@@ -138,18 +138,3 @@ BREAKS = {
 def test_a_missing_barrier_is_noticed(old, new, reports):
     inputs = make_inputs(batch=1, dim=40, length=300, dtype=bf16, layout="token_major", options=OPTIONS)
     assert "data race" in reports(inputs, _scan_way.PAIRS[4], edit(old, new))
-
-
-PART_BREAKS = {
-    "a round ahead is walked before it is staged": ("        next.staged.wait(parity);\n        lane", "        lane"),
-    "a round ahead is left too early": (
-        "    round.left.arrive();  // and the one before is left\n",
-        "    if (t0 == lane.w.from) round.left.arrive();\n    if (t0 + T < lane.w.first) next.left.arrive();\n",
-    ),
-}
-
-
-@pytest.mark.parametrize("old, new", PART_BREAKS.values(), ids=PART_BREAKS)
-def test_a_missing_barrier_of_two_blocks_is_noticed(old, new, reports):
-    inputs = make_inputs(batch=1, dim=16, length=1280, dtype=bf16, options=OPTIONS)
-    assert "data race" in reports(inputs, _scan_way.IN_PARTS, edit(old, new))
