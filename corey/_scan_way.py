@@ -39,14 +39,15 @@ def way(blocks, tiles, processors, chunk_size, layout, pairs, parts):
         return tiles, None
     blocks_of = {tiles: pairs} | ({first_part(tiles): parts} if parts else {})
     if chunk_size is None:
-        chunk = _fastest(blocks / processors, tiles, layout, pairs, parts)
+        chunk = _fastest(blocks, tiles, processors, layout, pairs, parts)
     else:
         chunk = min(chunk_size // TILE, tiles)
     return chunk, blocks_of.get(chunk)
 
 
-def _fastest(busy, tiles, layout, pairs, parts):
-    split = min(max(1, int(busy * tiles) // 64), 4, tiles)
+def _fastest(blocks, tiles, processors, layout, pairs, parts):
+    busy = blocks / processors
+    split = min(max(1, blocks * tiles // (64 * processors)), 4, tiles)
     if not pairs:
         return tiles if tiles <= 2 or any(low <= busy <= high for low, high in ONE_PASS) else split
     if tiles <= SHORT:

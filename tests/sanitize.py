@@ -140,10 +140,10 @@ def norm():
 
 def main():
     parts = {"scan": scan, "entropy": entropy, "hadamard": hadamard, "conv": conv, "update": update, "norm": norm}
-    parts["clusters"] = clusters
+    alone = {"clusters": clusters}
     asked = sys.argv[1] if len(sys.argv) > 1 else "all"
-    for name, part in parts.items():
-        if asked not in (name, "all" if name != "clusters" else ""):
+    for name, part in (parts | alone).items():
+        if asked != name and (asked != "all" or name in alone):
             continue
         start = time.time()
         try:
