@@ -79,10 +79,8 @@ struct Pair : Lane<true, true> {
         __syncwarp();
       }
     }
-    if (PARTS > 1 && t0 == p.lead) {  // both lanes have ended the tile before
-      wait_for_cluster();
+    if (PARTS > 1 && t0 == p.lead)  // both lanes have ended the tile before
       send(make_float2(H[0], H[1]), inbox.states + threadIdx.x, inbox.full, 1);
-    }
     const bool ends_tile = (t0 + T) % TILE == 0 || t0 + T >= w.end;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -221,6 +219,7 @@ __device__ __forceinline__ void walk_in_pairs(const Params& p, const Place& w, R
   Pair lane(p, w, ring, inbox);
   Where at{ring};
   int t0 = w.from;
+  if (PARTS > 1) wait_for_cluster();
   ring->staged.wait(0);
   if (PARTS > 1 && t0 < w.first) {
     Ahead ahead{lane};
@@ -270,6 +269,7 @@ __device__ __forceinline__ void feed_pairs(const Params& p, const Place& w, Roun
   stage(w.from + T, 1);
   ring[1].staged.arrive();
   fetch(w.from + 2 * T);
+  if (PARTS > 1) wait_for_cluster();  // they send nothing, but racecheck does not end unless all threads wait
   int t0 = w.from, now = 0, parity = 0;
   int free = RING - 1;  // where the round before t0 lies, and the one two ahead of t0 will
 #pragma unroll 1
@@ -299,12 +299,12 @@ __device__ __forceinline__ void pass_in_pairs(const Params& p) {
     ring[threadIdx.x].staged.begin(FEEDERS);
     ring[threadIdx.x].left.begin(THREADS);
   }
-  if (PARTS > 1 && threadIdx.x == 0) {
-    inbox.full.begin(1);
-    inbox.full.expect(sizeof inbox.states);
-  }
+  if (PARTS > 1 && threadIdx.x == 0) inbox.full.begin(1);
   __syncthreads();
-  if (PARTS > 1) arrive_at_cluster();
+  if (PARTS > 1) {
+    if (threadIdx.x == 0) inbox.full.expect(sizeof inbox.states);
+    arrive_at_cluster();
+  }
   // From another lane, so that the compiler knows that whole warps go one way: else it would keep a second copy of the code
   // for those that do not.
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);

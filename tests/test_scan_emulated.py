@@ -161,11 +161,8 @@ PART_BREAKS = {
         "    round.left.arrive();  // and the one before is left\n",
         "    if (t0 == lane.w.from) round.left.arrive();\n    if (t0 + T < lane.w.first) next.left.arrive();\n",
     ),
-    "the state is sent a tile late": ("if (PARTS > 1 && t0 == p.lead) {", "if (PARTS > 1 && t0 == p.lead + TILE) {"),
-    "the state is sent before its tile has ended": (
-        "if (PARTS > 1 && t0 == p.lead) {",
-        "if (PARTS > 1 && t0 == p.lead - T) {",
-    ),
+    "the state is sent a tile late": ("t0 == p.lead)", "t0 == p.lead + TILE)"),
+    "the state is sent before its tile has ended": ("t0 == p.lead)", "t0 == p.lead - T)"),
     "the second part starts from nothing": ("    h[0] = H[0];\n", ""),
     "a tile is not linked": (
         "i < (lane.w.first - lane.w.from) / TILE;",
