@@ -320,6 +320,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_entropy(const
 #endif
     __shared__ uint64 of_warp[MOST_BLOCKS / 32];
     __shared__ OwnBins shared_bins;
+    bool agree = true;
     if (threadIdx.x < MOST_BLOCKS) {  // the last block's word stands in for absent ones
         const uint64* word = p.extremes + blockIdx.y * gridDim.x + min(threadIdx.x, gridDim.x - 1);
         uint64 found;
@@ -328,17 +329,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_entropy(const
         Extremes extremes = Extremes::unpack(found);
         extremes.across_warp();
         if ((threadIdx.x & 31) == 0) of_warp[threadIdx.x / 32] = extremes.pack();
-    }
-    __syncthreads();
-    if (threadIdx.x < 32) {
-        Extremes extremes = Extremes::unpack(of_warp[threadIdx.x % (MOST_BLOCKS / 32)]);
+        synchronize_first(MOST_BLOCKS);
+        extremes = Extremes::unpack(of_warp[threadIdx.x % (MOST_BLOCKS / 32)]);
         extremes.across_warp();
-        OwnBins own(extremes, p.num_bins);
+        const OwnBins own(extremes, p.num_bins);
         if (threadIdx.x == 0) shared_bins = own;
+        agree = own.bins.agrees<BINARY, QUICKLY, T_X>(quick_of(own.bins), MOST_BLOCKS);
     }
-    __syncthreads();
+    const bool quick = __syncthreads_and(agree);
     const Bins bins = shared_bins.bins, quick_bins = quick_of(bins);
-    const bool quick = __syncthreads_and(bins.agrees<BINARY, QUICKLY, T_X>(quick_bins));
 
     auto count_tile = [&] {
         if (quick) count<QUICKLY>(p, pool, tile, quick_bins, histogram);
