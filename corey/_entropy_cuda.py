@@ -24,7 +24,7 @@ P_EPS = 1e-10  # as in corey/entropy.py and the kernel
 # Bins over a pool's own range: one cooperative launch, or a launch that finds the range before the one that counts.
 ONE_LAUNCH = True
 
-_THREADS, _FIXED_DEPTH, _DEPTH, _MOST_BLOCKS = 1024, 4, 8, 256  # as in the kernel
+_THREADS, _FIXED_DEPTH, _DEPTH, _MOST_BLOCKS = 1024, 4, 8, 192  # as in the kernel
 _POOL_THREADS = 512
 _FEW_VALUES = 8192  # up to here one block takes a pool as fast as many
 

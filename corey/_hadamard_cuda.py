@@ -25,11 +25,13 @@ class Plan(NamedTuple):
 
 
 @cache
-def plan(itemsize: int, width: int) -> Plan:
+def plan(itemsize: int, width: int, tensor_cores: bool = False) -> Plan:
     """The block for rows of `width` columns, a power of two from 2 to WIDEST, of `itemsize` bytes each.
 
-    Depends on nothing else, so that a row comes out the same alone and in any batch.
+    Depends on nothing else, so that a row comes out the same alone and in any batch. tensor_cores: `on_tensor_cores`.
     """
+    if tensor_cores:
+        return Plan(512, 1, 4 * width + 2 * width + (32 << 10) + 16)  # `Shared` in the kernel
     vector = min(16 // itemsize, width)  # columns
     if width <= _WIDEST_IN_A_WARP:
         columns = max(4 * vector, width // 32)  # a thread, of one row or several: enough loads at a time
@@ -38,6 +40,16 @@ def plan(itemsize: int, width: int) -> Plan:
     part = width // blocks
     gaps = vector * (part // (64 * vector)) + (4 * (part // 32) if vector == 8 else 0)  # place() in the kernel
     return Plan(part // 64, 1, 4 * (part + gaps), blocks)
+
+
+@cache
+def on_tensor_cores(device: int, itemsize: int, width: int) -> bool:
+    """Whether they do a part of it: of the widest rows in 16 bits, on a GPU of which a block has room for one."""
+    return (
+        (itemsize, width) == (2, WIDEST)
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+        and plan(itemsize, width, True).shared_bytes <= _shared_bytes_of_a_block(device)
+    )
 
 
 def covers(x: Tensor, width: int) -> bool:
@@ -63,9 +75,12 @@ def transform(x: Tensor, width: int) -> Tensor:
     load_bytes = itemsize if strided else widest_load(x.data_ptr(), n, [stride for _, stride in leading], itemsize)
     with torch.cuda.device(x.device):
         version = _cuda.source_version()
-        function = _function(version, x.device.index, x.dtype, width, load_bytes, strided, len(leading))
-        block = plan(itemsize, width)
+        tensor_cores = on_tensor_cores(x.device.index, itemsize, width)
+        function = _function(version, x.device.index, x.dtype, width, load_bytes, strided, len(leading), tensor_cores)
+        block = plan(itemsize, width, tensor_cores)
         blocks = -(-rows // block.rows) * block.blocks
+        if tensor_cores:  # each takes one row after another, all equally many
+            blocks = -(-rows // -(-rows // _multiprocessors(x.device.index)))
         sizes, strides = zip(*leading)
         numbers = (rows, step, n, _rows_ahead(x.device.index, width * itemsize), *sizes, *strides)
         params = struct.pack(f"<{6 + 2 * len(leading)}q", x.data_ptr(), z.data_ptr(), *numbers)
@@ -76,7 +91,7 @@ def transform(x: Tensor, width: int) -> Tensor:
 @cache
 def _rows_ahead(device: int, row_bytes: int) -> int:
     """How far ahead of its own row a block has one brought into L2: 32 KiB for every multiprocessor."""
-    return torch.cuda.get_device_properties(device).multi_processor_count * max(1, (32 << 10) // row_bytes)
+    return _multiprocessors(device) * max(1, (32 << 10) // row_bytes)
 
 
 def collapse(shape: tuple[int, ...], strides: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -100,9 +115,9 @@ def widest_load(address: int, n: int, strides: list[int], itemsize: int) -> int:
     return bits & -bits
 
 
-def macros(dtype: torch.dtype, width: int, load_bytes: int = 16, strided: bool = False, leading: int = 1):
+def macros(dtype: torch.dtype, width: int, load_bytes=16, strided=False, leading=1, tensor_cores=False):
     """What kernels/hadamard.cu is compiled with."""
-    threads, rows, shared_bytes, _ = plan(dtype.itemsize, width)
+    threads, rows, shared_bytes, _ = plan(dtype.itemsize, width, tensor_cores)
     return (
         ("T_X", CPP_TYPES[dtype]),
         ("LOG_D", width.bit_length() - 1),
@@ -112,6 +127,7 @@ def macros(dtype: torch.dtype, width: int, load_bytes: int = 16, strided: bool =
         ("THREADS", threads),
         ("ROWS", rows),
         ("SHARED_BYTES", shared_bytes),
+        ("TENSOR_CORES", int(tensor_cores)),
     )
 
 
@@ -120,16 +136,23 @@ TUNED = [
     for dtype in CPP_TYPES
     for width in (64, 512, 1024, 2048, 4096, 8192, 16384, WIDEST)
 ]
+TUNED_FROM_HOPPER = [
+    (SOURCE, NAME, macros(dtype, WIDEST, tensor_cores=True)) for dtype in (torch.float16, torch.bfloat16)
+]
 
 
 @cache
-def _function(
-    version: int, device: int, dtype: torch.dtype, width: int, load_bytes: int, strided: bool, leading: int
-) -> _cuda.Function:
+def _function(version: int, device: int, dtype: torch.dtype, width: int, load_bytes, strided, leading, tensor_cores):
     """`version` is that of the sources, so that an edited kernel is compiled anew."""
-    function = _cuda.function(SOURCE, NAME, device, macros(dtype, width, load_bytes, strided, leading))
-    function.allow_shared(plan(dtype.itemsize, width).shared_bytes)
+    variant = macros(dtype, width, load_bytes, strided, leading, tensor_cores)
+    function = _cuda.function(SOURCE, NAME, device, variant)
+    function.allow_shared(plan(dtype.itemsize, width, tensor_cores).shared_bytes)
     return function
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

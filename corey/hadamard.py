@@ -24,8 +24,7 @@ def hadamard_transform(x: Tensor) -> Tensor:
     On CUDA, fp32, fp16 and bf16 rows up to d = 32768 take the kernel, which reads `x` where it lies and gives a row the
     same bits alone and in any batch. It is fastest where rows are contiguous and start at multiples of 16 bytes; rows
     whose neighbours are apart in memory are read one value at a time. PyTorch's own operations, one pass over memory
-    for each bit of d, compute the rest: other dtypes, wider rows, d = 1, and d = 32768 on a GPU whose blocks have less
-    than 147 KiB of shared memory (compute capability 8.6, 8.9 and 12).
+    for each bit of d, compute the rest: other dtypes, wider rows and d = 1.
 
     Raises:
         TypeError, ValueError: naming the argument. RuntimeError, with the install hint, for a CUDA tensor where the

@@ -7,7 +7,7 @@
 // Which thread adds what depends on T_X and LOG_D alone, so a row has the same bits in any batch, layout or run.
 // A row of 32768 is two blocks' work: H (a, b) is (H (a + b), H (a - b)), so that each reads all of the row, the second of
 // them from L2, and transforms half as much. A block for the whole row would fill a multiprocessor, which then either
-// moves data or computes; of these, three overlap.
+// moves data or computes; of these, three overlap. Tensor cores make it worth the while: hadamard_on_tensor_cores.cuh.
 //
 // Macros, from corey/_hadamard_cuda.py:
 //   T_X         float, __half or __nv_bfloat16
@@ -16,6 +16,7 @@
 //   STRIDED     1 if neighbours in a row of x are not neighbours in memory; LOAD_BYTES is one element then
 //   LEADING     how many (size, stride) pairs place the rows of x in memory
 //   THREADS, ROWS, SHARED_BYTES   of a block
+//   TENSOR_CORES  1 for what hadamard_on_tensor_cores.cuh is for
 
 #include "common.cuh"
 
@@ -184,6 +185,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) hadamard_transform(const _
         }
     }
 }
+
+#elif TENSOR_CORES
+
+#include "hadamard_on_tensor_cores.cuh"
 
 #else
 

@@ -22,7 +22,7 @@
 #include "histogram.cuh"
 
 constexpr int THREADS = 1024, WARPS = THREADS / 32;
-constexpr int MOST_BLOCKS = 256;  // on one pool
+constexpr int MOST_BLOCKS = 192;  // on one pool: one warp waits for what all have seen
 #if defined(ENTROPY) && RANGE == 0
 constexpr int DEPTH = 4;  // slots in flight a lane
 #else
@@ -318,26 +318,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_entropy(const
     }
     seen.publish(p);
 #endif
-    __shared__ uint64 of_warp[MOST_BLOCKS / 32];
     __shared__ OwnBins shared_bins;
-    bool agree = true;
-    if (threadIdx.x < MOST_BLOCKS) {  // the last block's word stands in for absent ones
-        const uint64* word = p.extremes + blockIdx.y * gridDim.x + min(threadIdx.x, gridDim.x - 1);
-        uint64 found;
-        do found = load_relaxed(word);
-        while (found == 0);
-        Extremes extremes = Extremes::unpack(found);
-        extremes.across_warp();
-        if ((threadIdx.x & 31) == 0) of_warp[threadIdx.x / 32] = extremes.pack();
-        synchronize_first(MOST_BLOCKS);
-        extremes = Extremes::unpack(of_warp[threadIdx.x % (MOST_BLOCKS / 32)]);
+    if (threadIdx.x < 32) {  // the last block's word stands in for absent ones
+        const uint64* words = p.extremes + blockIdx.y * gridDim.x;
+        Extremes extremes;
+        bool all;
+        do {
+            all = true;
+            extremes = {};
+#pragma unroll
+            for (int i = 0; i < MOST_BLOCKS / 32; ++i) {
+                const uint64 found = load_relaxed(words + min(i * 32 + threadIdx.x, gridDim.x - 1));
+                all &= found != 0;
+                extremes.take(Extremes::unpack(found));
+            }
+        } while (!all);
         extremes.across_warp();
         const OwnBins own(extremes, p.num_bins);
         if (threadIdx.x == 0) shared_bins = own;
-        agree = own.bins.agrees<BINARY, QUICKLY, T_X>(quick_of(own.bins), MOST_BLOCKS);
     }
-    const bool quick = __syncthreads_and(agree);
+    __syncthreads();
     const Bins bins = shared_bins.bins, quick_bins = quick_of(bins);
+    const bool quick = __syncthreads_and(bins.agrees<BINARY, QUICKLY, T_X>(quick_bins));
 
     auto count_tile = [&] {
         if (quick) count<QUICKLY>(p, pool, tile, quick_bins, histogram);

@@ -81,9 +81,9 @@ struct Bins {
     // then, as both grow with d, they agree everywhere. TWO_PRODUCTS always has so far, ONE_PRODUCT nearly always where T
     // has 16 bits: it misplaces a few d, but there are few values, and they have other d.
     template <bool BINARY, Quotient HOW, typename T>
-    __device__ bool agrees(const Bins& other, int threads) const {
+    __device__ bool agrees(const Bins& other) const {
         bool agree = true;
-        for (int bin = threadIdx.x + 1; bin < int(count); bin += threads) {
+        for (int bin = threadIdx.x + 1; bin < int(count); bin += blockDim.x) {
             const int edge = __float_as_int(__fmul_rn(width, float(bin) / count));
             constexpr int BEFORE = 3, AFTER = 2;
             uint32 differ = 0;

@@ -65,6 +65,7 @@ def test_every_width_has_a_block_that_fits(itemsize):
         columns = rows * width // blocks // threads
         assert columns * threads * blocks == rows * width and columns <= 64
         assert threads % 32 == 0 and threads <= 256 and shared_bytes <= 99 * 1024
+    assert _hadamard_cuda.plan(2, 32768, tensor_cores=True).shared_bytes <= 227 * 1024
 
 
 # ---- results, on a GPU -----------------------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ def test_every_width(log_width, dtype):
 
 @gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", [3, 100, 1001, 1500, 5000, 20001, 32767])
+@pytest.mark.parametrize("n", [3, 100, 1001, 1500, 5000, 20001, 20008, 32767])
 def test_other_widths_are_padded_with_zeros(n, dtype):
     assert_is_the_transform(normal(9, n, dtype=dtype, device="cuda"))
 
