@@ -21,9 +21,6 @@ SOURCE = "histogram.cu"
 MAX_BINS = 8192  # one counter each then fills the 32 KiB of a block's table
 P_EPS = 1e-10  # as in corey/entropy.py and the kernel
 
-# Bins over a pool's own range: one cooperative launch, or a launch that finds the range before the one that counts.
-ONE_LAUNCH = True
-
 _THREADS, _FIXED_DEPTH, _DEPTH, _MOST_BLOCKS = 1024, 4, 8, 192  # as in the kernel
 _POOL_THREADS = 512
 _FEW_VALUES = 8192  # up to here one block takes a pool as fast as many
@@ -51,29 +48,25 @@ def copies(num_bins: int) -> int:
     return max(1, columns(num_bins) // 4)
 
 
-FIXED, FOUND, OWN = range(3)  # RANGE in the kernel
-
-
 def variant(
-    name: str, dtype: torch.dtype, num_bins: int, unit_stride: bool, bounds: int = FIXED, quick: bool = False
+    name: str, dtype: torch.dtype, num_bins: int, unit_stride: bool, own_range: bool = False, quick: bool = False
 ) -> tuple[str, str, _cuda.Macros]:
     """What `_cuda.function` needs to know of the kernel `name`, except the device."""
     macros = [
         (name.removeprefix("histogram_").upper(), 1),
         ("T_X", CPP_TYPES[dtype]),
         ("UNIT_STRIDE", int(unit_stride)),
+        ("POWER_OF_TWO", int(num_bins & (num_bins - 1) == 0)),
+        ("COLUMNS", columns(num_bins)),
     ]
-    if name != "histogram_extremes":
-        macros += ("POWER_OF_TWO", int(num_bins & (num_bins - 1) == 0)), ("COLUMNS", columns(num_bins))
     if name == "histogram_entropy":
-        macros += ("RANGE", bounds), ("QUICK", int(quick))
+        macros += ("OWN_RANGE", int(own_range)), ("QUICK", int(quick))
     return SOURCE, name, tuple(macros)
 
 
-TUNED = [variant("histogram_extremes", dtype, 256, True) for dtype in CPP_TYPES]
-TUNED += [
+TUNED = [
     variant("histogram_entropy", dtype, 256, True, *how)
-    for how in ((FIXED, True), (FIXED, False), (FOUND,), (OWN,))
+    for how in ((False, True), (False, False), (True, False))
     for dtype in CPP_TYPES
 ]
 TUNED += [variant("histogram_pools", dtype, 256, False) for dtype in CPP_TYPES]
@@ -175,7 +168,7 @@ def sink_pointers(
 class Plan:
     """All that a call needs but the addresses. It holds for tensors of one shape, strides, dtype and alignment."""
 
-    functions: tuple[_cuda.Function, ...]
+    function: _cuda.Function
     grid: tuple[int, int, int]
     threads: int
     shared_bytes: int
@@ -233,8 +226,7 @@ def _run(x, num_bins, bounds, log_base, pooled, rule):
         extremes = 0
         sink = _SINK_POINTERS.pack(0, 0, *((0, result.data_ptr()) if rule else (result.data_ptr(), 0)))
     params = sink + plan.sink_numbers + _POINTERS.pack(x.data_ptr(), extremes) + plan.numbers
-    for function in plan.functions:
-        _cuda.launch(function, plan.grid, plan.threads, plan.shared_bytes, params, together=plan.together, early=True)
+    _cuda.launch(plan.function, plan.grid, plan.threads, plan.shared_bytes, params, together=plan.together, early=True)
     return result
 
 
@@ -289,26 +281,22 @@ def _plan(x: Tensor, view: _View, num_bins, bounds, log_base, rule) -> Plan:
         members = _pools_a_block(view, pools, x.dtype.itemsize, columns(num_bins), processors)
         grid = (math.ceil(pools / members), 1, 1)
         threads = _POOL_THREADS if members * size > 2048 else 128
-        variants = [variant("histogram_pools", x.dtype, num_bins, unit_stride)]
+        needed = variant("histogram_pools", x.dtype, num_bins, unit_stride)
     else:
         all_tiles = rows_outer * rows_inner * tiles
         blocks = max(1, min(processors // pools, math.ceil(all_tiles / 4), _MOST_BLOCKS))
         grid = (blocks, pools, 1)
         threads = _THREADS
         skip = blocks * (_THREADS // 32)
-        one_launch = ONE_LAUNCH or blocks == 1
-        how = FIXED if bounds else OWN if one_launch else FOUND
-        together = how == OWN and blocks > 1
-        variants = [variant("histogram_entropy", x.dtype, num_bins, unit_stride, how, quick)]
-        if how == FOUND:
-            variants.insert(0, variant("histogram_extremes", x.dtype, num_bins, unit_stride))
+        together = bounds is None and blocks > 1
+        needed = variant("histogram_entropy", x.dtype, num_bins, unit_stride, bounds is None, quick)
 
     (_, pool_outer), (pools_inner, pool_inner) = view.kept
     starts = (pool_outer, pool_inner, outer_stride, inner_stride)
     singles = unit_stride and (x.data_ptr() % 16 or any(s % vector for s in (*starts, inner)))
     least, least_chunk = rule or ((), 0)
     return Plan(
-        functions=tuple(_function(device, *each) for each in variants),
+        function=_function(device, *needed),
         grid=grid,
         threads=threads,
         shared_bytes=table_bytes(num_bins, columns(num_bins)),

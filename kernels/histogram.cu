@@ -1,29 +1,27 @@
 // Entropy of the histogram of a tensor's values. The arithmetic is in histogram.cuh, the definition in corey/entropy.py
 //
 //   histogram_entropy   counts, in one pass where the bins are given and in two where they span the pool's own range
-//   histogram_extremes  the first of the two, where they are two launches
 //   histogram_pools     both passes over many small pools in one launch, 1 to 32 pools a block
 //
-// A pool is one histogram's values. In the first two kernels its values are `rows_outer` x `rows_inner` rows of `inner`
+// A pool is one histogram's values. In the first kernel its values are `rows_outer` x `rows_inner` rows of `inner`
 // values. A warp takes a tile of 32 x DEPTH slots of a row at a time, all of whose loads are issued before the first
 // value is used: of the 32 warps of a block 64 KiB, or 128 KiB where values are to stay in registers. A slot is 16
 // aligned bytes where neighbours in a row are neighbours in memory, else one value; a row's first and last values that
 // fill no 16 bytes are read singly.
 //
-// Two passes in one launch are two halves of every block, and between them all blocks wait for the extremes of all: they
+// Its two passes are two halves of every block, and between them all blocks wait for the extremes of all: they
 // must be resident together, which a cooperative launch grants. What a warp had loaded last is still in its registers in
 // the second half, and that is all of a (1, 4096, 2048) tensor in bf16: it is read once.
 //
-// Macros, from corey/_entropy_cuda.py: EXTREMES, ENTROPY or POOLS (the one kernel to compile: it takes a third of the
-// time), T_X (type of the values), UNIT_STRIDE (whether slots are 16 bytes), POWER_OF_TWO (whether num_bins is one),
-// COLUMNS (replicas of a bin in shared memory); the last two are not for EXTREMES. ENTROPY also has RANGE (0: the bins are
-// given, 1: histogram_extremes has found the range, 2: this launch finds it) and QUICK (1 if ONE_PRODUCT does for the
-// bins that are given).
+// Macros, from corey/_entropy_cuda.py: ENTROPY or POOLS (the one kernel to compile), T_X (type
+// of the values), UNIT_STRIDE (whether slots are 16 bytes), POWER_OF_TWO (whether num_bins is one), COLUMNS (replicas of
+// a bin in shared memory). ENTROPY also has OWN_RANGE (whether bins span the pool's own range, or else are given) and
+// QUICK (1 if ONE_PRODUCT does for the bins that are given).
 #include "histogram.cuh"
 
 constexpr int THREADS = 1024, WARPS = THREADS / 32;
 constexpr int MOST_BLOCKS = 192;  // on one pool: one warp waits for what all have seen
-#if defined(ENTROPY) && RANGE == 0
+#if defined(ENTROPY) && !OWN_RANGE
 constexpr int DEPTH = 4;  // slots in flight a lane
 #else
 constexpr int DEPTH = 8;  // so many that a lane still holds them when the range is known
@@ -33,7 +31,7 @@ constexpr int VECTOR = UNIT_STRIDE ? 16 / int(sizeof(T_X)) : 1;
 // The host packs reciprocal = ceil(2^32 / by), or 0 where by is 1.
 struct Divisor {
     uint32 by, reciprocal;
-    // For x below 2^16, as are the numbers of warps and pools in the first two kernels.
+    // For x below 2^16, as are the numbers of warps and pools in the first kernel.
     __device__ __forceinline__ uint32 divide(uint32 x) const { return reciprocal ? __umulhi(x, reciprocal) : x; }
 };
 
@@ -249,20 +247,6 @@ struct Seen {
     }
 };
 
-#ifdef EXTREMES
-extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_extremes(const __grid_constant__ Params p) {
-    const T_X* pool = pool_of_block(p);
-    Tile tile(p);
-    wait_for_earlier_kernels();
-    Seen seen;
-    for (; tile.valid(p); tile.next(p)) {
-        tile.load(p, pool);
-        seen.take(p, pool, tile);
-    }
-    seen.publish(p);
-}
-#endif
-
 #ifdef ENTROPY
 constexpr bool BINARY = POWER_OF_TWO;
 constexpr Quotient QUICKLY = BINARY && sizeof(T_X) == 2 ? ONE_PRODUCT : TWO_PRODUCTS;  // in bins found here
@@ -296,7 +280,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_entropy(const
     wait_for_earlier_kernels();
     __shared__ uint32 order;  // not in a register: there is none to spare
 
-#if RANGE == 0
+#if !OWN_RANGE
     Seen seen;
     for (; tile.valid(p); tile.next(p))
         tile.load(p, pool, [&] {
@@ -309,7 +293,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_entropy(const
 #else
     if (tile.valid(p)) tile.load(p, pool);
     if (threadIdx.x == 0) order = begin(p.sink, blockIdx.y);
-#if RANGE == 2
     Seen seen;
     int tiles = 0;
     for (; tile.valid(p); tile.next(p)) {
@@ -317,7 +300,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_entropy(const
         seen.take(p, pool, tile);
     }
     seen.publish(p);
-#endif
     __shared__ OwnBins shared_bins;
     if (threadIdx.x < 32) {  // the last block's word stands in for absent ones
         const uint64* words = p.extremes + blockIdx.y * gridDim.x;
@@ -345,20 +327,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) histogram_entropy(const
         if (quick) count<QUICKLY>(p, pool, tile, quick_bins, histogram);
         else count<EXACT>(p, pool, tile, bins, histogram);
     };
-#if RANGE == 2
     // The last tile first, as it is still in registers, and those before it in L2, where the first may no longer be.
     for (bool loaded = true; tiles > 0; --tiles, loaded = false) {
         tile.previous(p);
         if (!loaded) tile.load(p, pool);
         count_tile();
     }
-#else
-    while (tile.valid(p)) {
-        count_tile();
-        tile.next(p);
-        if (tile.valid(p)) tile.load(p, pool);
-    }
-#endif
     const bool invalid = shared_bins.kind == INVALID;
     if (finish(p.sink, histogram, invalid, blockIdx.y, gridDim.x, order) && threadIdx.x < 32)
         for (int i = threadIdx.x; i < gridDim.x; i += 32) p.extremes[blockIdx.y * gridDim.x + i] = 0;
