@@ -20,7 +20,9 @@
 #include "histogram.cuh"
 
 constexpr int THREADS = 1024, WARPS = THREADS / 32;
-constexpr int MOST_BLOCKS = 192;  // on one pool: one warp waits for what all have seen
+// On one pool. One warp of each waits for what all have seen, the faster the fewer they can be; Hopper has 144
+// multiprocessors at most.
+constexpr int MOST_BLOCKS = __CUDA_ARCH__ == 900 ? 160 : 192;
 #if defined(ENTROPY) && !OWN_RANGE
 constexpr int DEPTH = 4;  // slots in flight a lane
 #else
