@@ -38,10 +38,21 @@ class Function:
     """A kernel loaded on one device.
 
     handle: the CUfunction. registers: a thread. local_bytes: a thread, above 0 where registers spill.
-    shared_bytes: static, a block. max_threads: a block. param_bytes: the size of the kernel's one argument.
+    shared_bytes: static, a block. allowed: see `allow_shared`. max_threads: a block. param_bytes: the size of the
+    kernel's one argument.
     """
 
-    __slots__ = ("device", "handle", "local_bytes", "max_threads", "name", "param_bytes", "registers", "shared_bytes")
+    __slots__ = (
+        "allowed",
+        "device",
+        "handle",
+        "local_bytes",
+        "max_threads",
+        "name",
+        "param_bytes",
+        "registers",
+        "shared_bytes",
+    )
 
     def __init__(self, name: str, device: int, cubin: bytes):
         """The device must be current. The module stays loaded for the life of the process: graphs may hold it."""
@@ -53,6 +64,7 @@ class Function:
         self.name = name
         self.device = device
         self.handle = function
+        self.allowed = 0
         self.registers = _call(driver.cuFuncGetAttribute, attribute.CU_FUNC_ATTRIBUTE_NUM_REGS, function)
         self.local_bytes = _call(driver.cuFuncGetAttribute, attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function)
         self.shared_bytes = _call(driver.cuFuncGetAttribute, attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, function)
@@ -63,10 +75,16 @@ class Function:
         return f"Function({self.name!r}, device={self.device}, registers={self.registers})"
 
     def allow_shared(self, nbytes: int) -> None:
-        """Lets a launch ask for up to nbytes of dynamic shared memory; above 48 KiB this is needed."""
-        driver = _driver()
-        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _call(driver.cuFuncSetAttribute, self.handle, limit, nbytes)
+        """Lets a launch ask for up to nbytes of dynamic shared memory; above 48 KiB this is needed.
+
+        What was allowed stays so: several plans may have this function and need different amounts.
+        """
+        with _lock:
+            if nbytes > self.allowed:
+                driver = _driver()
+                limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                _call(driver.cuFuncSetAttribute, self.handle, limit, nbytes)
+                self.allowed = nbytes
 
     def blocks_per_sm(self, threads: int, shared_bytes: int) -> int:
         """How many blocks of so many threads and dynamic shared bytes one multiprocessor holds at a time."""

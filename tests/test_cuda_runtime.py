@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -434,12 +435,27 @@ def test_wrong_launches_are_refused(sources):
         _cuda.launch(function, (1, 1, 1), 4096, 0, bytes(24))
 
 
+def test_a_plan_that_needs_less_shared_memory_takes_none_from_the_others(monkeypatch):
+    asked = []
+    driver = SimpleNamespace(
+        CUfunction_attribute=SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8),
+        cuFuncSetAttribute=lambda handle, attribute, nbytes: (asked.append(nbytes) or 0,),
+    )
+    monkeypatch.setattr(_cuda, "_driver", lambda: driver)
+    function = object.__new__(_cuda.Function)
+    function.handle, function.allowed = None, 0
+    for nbytes in (100_000, 60_000, 100_000, 120_000):
+        function.allow_shared(nbytes)
+    assert asked == [100_000, 120_000]
+
+
 @pytest.mark.gpu
 def test_shared_memory_above_the_default_limit(sources):
     function = _cuda.function("add.cu", "add", 0, (("SCALE", 1),))
     with pytest.raises(RuntimeError, match="INVALID_VALUE"):
         _cuda.launch(function, (1, 1, 1), 128, 64 << 10, struct.pack("PfxxxxQ", 0, 0, 0))
     function.allow_shared(64 << 10)
+    function.allow_shared(50 << 10)
     _cuda.launch(function, (1, 1, 1), 128, 64 << 10, struct.pack("PfxxxxQ", 0, 0, 0))
     torch.cuda.synchronize()
 

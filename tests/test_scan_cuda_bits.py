@@ -106,6 +106,14 @@ def test_two_blocks_a_sequence_give_the_same_bits(dtype, layout, monkeypatch):
     assert int(differences) == 0
 
 
+def test_two_blocks_a_sequence_of_any_length_after_any_other():
+    """The longer a sequence, the more shared memory the same kernel takes."""
+    made = {length: gpu_inputs(1, 1024, length, dtype=torch.bfloat16) for length in (1024, 4096, 2048)}
+    want = {length: run(inputs, chunk_size=TILE) for length, inputs in made.items()}
+    for length in (4096, 1024, 4096, 2048, 1024, 4096):
+        assert_same_bits(run(made[length]), want[length])
+
+
 # ---- splits, rows and channels ---------------------------------------------------------------------------------------
 
 
