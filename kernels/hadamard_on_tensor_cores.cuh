@@ -72,7 +72,7 @@ __device__ __forceinline__ void copy_row(uint4* to, const Params& p, int64 row, 
 }
 
 // Where rows cannot be read in vectors of 16 bytes.
-__device__ __forceinline__ void load_row(uint4* to, const Params& p, int64 row, int first) {
+__device__ __forceinline__ void read_row(uint4* to, const Params& p, int64 row, int first) {
     const int64 step = STRIDED ? p.step : 1;
     const T_X* x = row_of_x(p, row) + first * step;
 #pragma unroll 1
@@ -121,7 +121,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) hadamard_transform(cons
     for (int done = 0; row < p.rows; ++done, row += gridDim.x) {
         const uint4* input = shared.input + t;
         if (!COPIES) {
-            load_row(shared.input + t, p, row, column);
+            read_row(shared.input + t, p, row, column);
         } else if (done == 0) {
             wait_for_copies<1>();
             input = reinterpret_cast<const uint4*>(shared.exchange) + t;
