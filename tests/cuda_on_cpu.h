@@ -1,8 +1,8 @@
 // Runs a CUDA kernel on the CPU, for tests of its logic where there is no GPU. Every thread of a block is a fiber that
 // runs until it waits at a barrier or, with ON_THREADS, a thread that runs beside the others, for ThreadSanitizer. Clusters
-// of PARTS blocks run one after another, last first, and shared memory starts as garbage. It knows what
-// kernels/selective_scan.cu uses: barriers of a block, of a warp and in shared memory, one of a cluster, shuffles of whole
-// warps, no atomics, and exp2 and 1/x in place of the GPU's.
+// of PARTS blocks run one after another, last first, and shared memory starts as garbage. It knows what the kernels of the
+// scan and hadamard_on_tensor_cores.cuh use: barriers of a block, of a warp and in shared memory, one of a cluster,
+// shuffles of whole warps, no atomics, exp2 and 1/x in place of the GPU's, and what a tensor core does.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -46,6 +46,7 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 template <class T> T __ldg(const T* p) { return *p; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned long long)a * b >> 32; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 struct __half { _Float16 x; };
 struct __half2 { __half x, y; };
@@ -184,6 +185,54 @@ inline void send_to_block(float2 value, const float2* to, const Word& word, int 
   arrive_at_mbarrier(in_block((Word&)word, block));
 }
 
+// d += A (b0, b1) by a warp, as mma.m16n8k16 does, A being (plus, plus; plus, minus). X: of 16 bits.
+template <class X> void multiply_add(float* d, unsigned plus, unsigned minus, unsigned b0, unsigned b1) {
+  static unsigned A[1024][2], B[1024][2];
+  const unsigned lane = threadIdx.x % 32, first = threadIdx.x - lane;
+  A[threadIdx.x][0] = plus, A[threadIdx.x][1] = minus;
+  B[threadIdx.x][0] = b0, B[threadIdx.x][1] = b1;
+  __syncwarp();
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    for (unsigned k = 0; k < 16; ++k) {
+      float a[2], b[2];
+      unpack_word(A[first + row % 8 * 4 + k % 8 / 2][row / 8 & k / 8], a, X());
+      unpack_word(B[first + column * 4 + k % 8 / 2][k / 8], b, X());
+      d[i] += a[k % 2] * b[k % 2];
+    }
+  }
+  __syncwarp();
+}
+// stmatrix of four 8 x 8 matrices, transposed: lane 8 m + i has the address of row i of matrix m.
+inline void store_matrices_transposed(void* to, const unsigned (&of)[4]) {
+  static unsigned short* rows[1024];
+  const unsigned lane = threadIdx.x % 32, first = threadIdx.x - lane;
+  rows[threadIdx.x] = (unsigned short*)to;
+  __syncwarp();
+  for (unsigned matrix = 0; matrix < 4; ++matrix)
+    for (unsigned half = 0; half < 2; ++half) rows[first + matrix * 8 + lane % 4 * 2 + half][lane / 4] = of[matrix] >> 16 * half;
+  __syncwarp();
+}
+// Copies that a thread starts and waits for in groups. They happen as late as they may, when it waits.
+struct Copy { void* to; const void* from; int nbytes; };
+inline std::vector<std::vector<Copy>> groups_of[1024];
+inline void copy_later(void* to, const void* from, int nbytes) {
+  auto& groups = groups_of[threadIdx.x];
+  if (groups.empty()) groups.emplace_back();
+  groups.back().push_back({to, from, nbytes});
+}
+inline void end_group_of_copies() { groups_of[threadIdx.x].resize(std::max<size_t>(1, groups_of[threadIdx.x].size()) + 1); }
+inline void copy_all_but(size_t later) {  // groups that have ended
+  auto& groups = groups_of[threadIdx.x];
+  while (groups.size() > later + 1) {
+    for (const Copy& copy : groups.front()) {
+      memset(copy.to, 0, 16);
+      memcpy(copy.to, copy.from, copy.nbytes);
+    }
+    groups.erase(groups.begin());
+  }
+}
+
 #ifdef ON_THREADS
 template <class Params> void run_grid(void (*kernel)(const Params), const Params& params, unsigned grid, unsigned threads, size_t shared) {
   gridDim = {grid, 1, 1};
@@ -233,16 +282,24 @@ template <class Params> void run_grid(void (*kernel)(const Params), const Params
     for (auto& of_block : warp_barriers) std::fill(std::begin(of_block), std::end(of_block), Barrier{});
     in_cluster = 0;
     unsigned long before = -1;
+    // Who relies on an order is noticed: in every other block the last warp comes first, and each goes as far as it can alone.
+    const bool odd = first / PARTS % 2;
     for (unsigned left = fibers.size(); left > 0;) {
       const bool waits = passed == before;  // all that could run has run in the last turn
       before = passed;
-      for (unsigned t = 0; t < fibers.size(); ++t) {
-        Fiber& fiber = fibers[first / PARTS % 2 ? fibers.size() - 1 - t : t];  // either order, so that who relies on one is noticed
-        if (fiber.done) continue;
-        running = &fiber;
-        swapcontext(&scheduler, &fiber.context);
-        left -= fiber.done;
-        passed += fiber.done;
+      for (unsigned warp = 0; warp < fibers.size(); warp += 32) {
+        unsigned long seen;
+        do {
+          seen = passed;
+          for (unsigned t = warp; t < warp + 32; ++t) {
+            Fiber& fiber = fibers[odd ? fibers.size() - 1 - t : t];
+            if (fiber.done) continue;
+            running = &fiber;
+            swapcontext(&scheduler, &fiber.context);
+            left -= fiber.done;
+            passed += fiber.done;
+          }
+        } while (odd && passed != seen);
       }
       if (waits && passed == before) { fprintf(stderr, "threads wait at a barrier that others do not reach\n"); abort(); }
     }

@@ -1,13 +1,12 @@
 """The residual sum and norm: against float64 and transformers, over dtypes and strides, on CPU, CUDA and emulated."""
 
 import ctypes
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from scan_emulation import common_header
+from emulation import skip_without_compiler, without_ptx
 from scan_inputs import relative_error
 
 from corey import _cuda, _norm_cuda
@@ -208,8 +207,7 @@ extern "C" void run(const void* params, unsigned grid, unsigned threads) {
 @pytest.fixture
 def emulated(tmp_path, monkeypatch):
     """add_rms_norm by the kernel's source and its real plan, on CPU tensors; `change` edits the source."""
-    if shutil.which("g++") is None or int(subprocess.check_output(["g++", "-dumpversion"]).split(b".")[0]) < 12:
-        pytest.skip("g++ 12 or later is not installed, which compiles the kernel for the CPU")
+    skip_without_compiler()
     built, change = {}, []
 
     def function(source, name, device, macros):
@@ -222,7 +220,7 @@ def emulated(tmp_path, monkeypatch):
                 assert text.count(old) == 1
                 text = text.replace(old, new)
             (folder / "kernel.cu").write_text(text)
-            (folder / "common.cuh").write_text(common_header())
+            (folder / "common.cuh").write_text(without_ptx("common.cuh"))
             for empty in ("cuda_bf16.h", "cuda_fp16.h"):
                 (folder / empty).write_text("")
             (folder / "run.cpp").write_text(_RUN)

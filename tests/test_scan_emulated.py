@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from scan_emulation import emulated  # noqa: F401
+from emulation import edit, emulated  # noqa: F401
 from scan_inputs import OPTIONS, in_float64, lay_out, make_inputs, relative_error
 
 from corey import _scan_way
@@ -34,17 +34,6 @@ CASES = {
     "64 states, groups": {"batch": 1, "dim": 40, "length": 260, "states": 64, "B_kind": "grouped", "C_kind": "grouped"},
     "one state, forgetful": {"batch": 1, "dim": 130, "length": 129, "states": 1, "memory": "forgetful"},
 }
-
-
-def edit(old, new):
-    """A change of the kernel's source that breaks it."""
-
-    def change(sources):
-        (file,) = (file for file, text in sources.items() if old in text)
-        assert sources[file].count(old) == 1
-        sources[file] = sources[file].replace(old, new)
-
-    return change
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

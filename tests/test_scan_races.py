@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 import torch
-from scan_emulation import TENSORS, Emulation, _Function, _Properties
+from emulation import TENSORS, Emulation, _Function, _Properties
 from scan_inputs import OPTIONS, make_inputs
 from test_scan_emulated import edit
 
@@ -44,7 +44,7 @@ class Programs(Emulation):
     """Kernels are programs, which run on copies of the tensors; `reports` is what was found in them."""
 
     def __init__(self, folder, change, tensors):
-        super().__init__(folder, change)
+        super().__init__(folder, change, "scan")
         self.storages, self.reports = [x.untyped_storage() for x in tensors if x is not None], ""
 
     def function(self, source, name, device, macros):

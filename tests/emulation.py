@@ -1,4 +1,4 @@
-"""kernels/selective_scan.cu compiled for the CPU, so that its logic is tested where there is no GPU."""
+"""CUDA kernels compiled for the CPU, so that their logic is tested where there is no GPU."""
 
 import ctypes
 import re
@@ -18,24 +18,43 @@ TENSORS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 HERE = Path(__file__).parent
 
 
-def common_header():
-    """kernels/common.cuh, with what cuda_on_cpu.h knows in place of PTX."""
-    text = (KERNELS / "common.cuh").read_text()
-    for instruction, emulated in _INSTRUCTIONS.items():
-        text, found = re.subn(rf'asm( volatile)?\(".*{instruction}.*\);', emulated, text)
+def without_ptx(file):
+    """kernels/`file` with what cuda_on_cpu.h knows in place of PTX."""
+    text = (KERNELS / file).read_text()
+    for instruction, emulated in _INSTRUCTIONS.get(file, {}).items():
+        text, found = re.subn(rf"asm( volatile)?\(.*{re.escape(instruction)}.*\);", emulated, text)
         assert found == 1, instruction
     return text
 
 
-class Emulation:
-    """Stands in for `corey._cuda` in `corey._scan_cuda`: real plans, parameters and source, run by cuda_on_cpu.h."""
+def edit(old, new):
+    """A change of the kernel's source that breaks it."""
 
-    def __init__(self, folder: Path, change):
+    def change(sources):
+        (file,) = (file for file, text in sources.items() if old in text)
+        assert sources[file].count(old) == 1
+        sources[file] = sources[file].replace(old, new)
+
+    return change
+
+
+def skip_without_compiler():
+    if shutil.which("g++") is None or int(subprocess.check_output(["g++", "-dumpversion"]).split(b".")[0]) < 12:
+        pytest.skip("g++ 12 or later is not installed, which compiles the kernel for the CPU")
+
+
+class Emulation:
+    """Stands in for `corey._cuda` in an operator's module: real plans, parameters and source, run by cuda_on_cpu.h.
+
+    kernels: what the names of the operator's sources have in common.
+    """
+
+    def __init__(self, folder: Path, change, kernels: str):
         self.folder, self.built = folder, {}
-        self.sources = {path.name: path.read_text() for path in KERNELS.glob("*scan*")}
+        self.sources = {path.name: without_ptx(path.name) for path in KERNELS.glob(f"*{kernels}*")}
         if change:
             change(self.sources)
-        self.sources["common.cuh"] = common_header()
+        self.sources["common.cuh"] = without_ptx("common.cuh")
 
     def function(self, source, name, device, macros):
         return _Function(self._library(source, name, macros))
@@ -56,10 +75,7 @@ class Emulation:
         """The file that g++ makes of `text`, which includes the sources, in a folder of its own."""
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         for file, source in self.sources.items():
-            source = source.replace(
-                "extern __shared__ __align__(16) float shared[];", "#define shared ((float*)shared_memory)"
-            )
-            (folder / file).write_text(source)
+            (folder / file).write_text(re.sub(_SHARED, r"#define \2 ((\1*)shared_memory)", source))
         for empty in ("cuda_bf16.h", "cuda_fp16.h"):
             (folder / empty).write_text("")
         (folder / "run.cpp").write_text(text)
@@ -70,17 +86,28 @@ class Emulation:
         return folder / "run"
 
 
+_SHARED = r"extern __shared__ (?:__align__\(16\) )?(\w+) (\w+)\[\];"
 _INSTRUCTIONS = {  # in PTX, and in their place
-    "ex2": "y = exp2f(x);",
-    "rcp": "y = 1.0f / x;",
-    "mbarrier.init.shared": "begin_mbarrier(word, count);",
-    "mbarrier.arrive.shared": "arrive_at_mbarrier(word);",
-    'mbarrier." TRY_WAIT ".parity': "wait_at_mbarrier(word, parity);",
-    "mbarrier.arrive.expect_tx": "expect_at_mbarrier(word, nbytes);",
-    "barrier.cluster.arrive": "arrive_at_cluster_barrier();",
-    "barrier.cluster.wait": "wait_at_cluster_barrier();",
-    "st.async": "send_to_block(value, to, full.word, block);",
-    "prefetch": "",
+    "common.cuh": {
+        "ex2": "y = exp2f(x);",
+        "rcp": "y = 1.0f / x;",
+        "mbarrier.init.shared": "begin_mbarrier(word, count);",
+        "mbarrier.arrive.shared": "arrive_at_mbarrier(word);",
+        'mbarrier." TRY_WAIT ".parity': "wait_at_mbarrier(word, parity);",
+        "mbarrier.arrive.expect_tx": "expect_at_mbarrier(word, nbytes);",
+        "barrier.cluster.arrive": "arrive_at_cluster_barrier();",
+        "barrier.cluster.wait": "wait_at_cluster_barrier();",
+        "st.async": "send_to_block(value, to, full.word, block);",
+        "prefetch": "",
+    },
+    "hadamard_on_tensor_cores.cuh": {
+        'MMA("bf16")': "multiply_add<__nv_bfloat16>(d, plus, minus, b0, b1);",
+        'MMA("f16")': "multiply_add<__half>(d, plus, minus, b0, b1);",
+        "cp.async.cg": "copy_later(to, from, nbytes);",
+        "cp.async.commit_group": "end_group_of_copies();",
+        "cp.async.wait_group": "copy_all_but(kLater);",
+        "stmatrix": "store_matrices_transposed(to, of);",
+    },
 }
 _RUN = """#include "cuda_on_cpu.h"
 #include "{source}"
@@ -109,8 +136,7 @@ class _Properties:
 @pytest.fixture
 def emulated(tmp_path, monkeypatch):
     """A function (inputs, chunk_size, change=...) -> y, last state, both written over NaN."""
-    if shutil.which("g++") is None or int(subprocess.check_output(["g++", "-dumpversion"]).split(b".")[0]) < 12:
-        pytest.skip("g++ 12 or later is not installed, which compiles the kernel for the CPU")
+    skip_without_compiler()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: _Properties)
     emulations = {}
@@ -123,7 +149,7 @@ def emulated(tmp_path, monkeypatch):
         if change not in emulations:
             folder = tmp_path / f"emulation{len(emulations)}"
             folder.mkdir()
-            emulations[change] = Emulation(folder, change)
+            emulations[change] = Emulation(folder, change, "scan")
         for name in ("function", "launch", "source_version"):
             monkeypatch.setattr(_cuda, name, getattr(emulations[change], name))
         tensors = tuple(inputs.get(name) for name in TENSORS)
