@@ -4,7 +4,7 @@
 // A butterfly over bit b of the column takes every pair of values whose columns differ in that bit alone to its sum and
 // its difference; all LOG_D of them make the transform. The arithmetic is float32; 1/sqrt(d) is multiplied in last.
 // Where a bit lives decides how its butterfly runs: in the index of a register, an addition; in the lane, a shuffle.
-// Which thread adds what depends on T_X and LOG_D alone, so a row has the same bits in any batch, layout or run.
+// Which thread adds what depends on T_X, LOG_D and TENSOR_CORES alone, so a row has the same bits in any batch, layout or run.
 // A row of 32768 is two blocks' work: H (a, b) is (H (a + b), H (a - b)), so that each reads all of the row, the second of
 // them from L2, and transforms half as much. A block for the whole row would fill a multiprocessor, which then either
 // moves data or computes; of these, three overlap. Tensor cores make it worth the while: hadamard_on_tensor_cores.cuh.
