@@ -280,6 +280,7 @@ template <class Params> void run_grid(void (*kernel)(const Params), const Params
     }
     std::fill(std::begin(block_barriers), std::end(block_barriers), Barrier{});
     for (auto& of_block : warp_barriers) std::fill(std::begin(of_block), std::end(of_block), Barrier{});
+    for (auto& groups : groups_of) groups.clear();  // those that nobody has waited for
     in_cluster = 0;
     unsigned long before = -1;
     // Who relies on an order is noticed: in every other block the last warp comes first, and each goes as far as it can alone.
