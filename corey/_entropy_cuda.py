@@ -21,7 +21,7 @@ SOURCE = "histogram.cu"
 MAX_BINS = 8192  # one counter each then fills the 32 KiB of a block's table
 P_EPS = 1e-10  # as in corey/entropy.py and the kernel
 
-_THREADS, _FIXED_DEPTH, _DEPTH, _MOST_BLOCKS = 1024, 4, 8, 192  # as in the kernel
+_THREADS, _FIXED_DEPTH, _DEPTH, _MOST_BLOCKS = 1024, 4, 8, 192  # as in the kernel; Hopper has fewer
 _POOL_THREADS = 512
 _FEW_VALUES = 8192  # up to here one block takes a pool as fast as many
 

@@ -13,10 +13,10 @@
 // must be resident together, which a cooperative launch grants. What a warp had loaded last is still in its registers in
 // the second half, and that is all of a (1, 4096, 2048) tensor in bf16: it is read once.
 //
-// Macros, from corey/_entropy_cuda.py: ENTROPY or POOLS (the one kernel to compile), T_X (type
-// of the values), UNIT_STRIDE (whether slots are 16 bytes), POWER_OF_TWO (whether num_bins is one), COLUMNS (replicas of
-// a bin in shared memory). ENTROPY also has OWN_RANGE (whether bins span the pool's own range, or else are given) and
-// QUICK (1 if ONE_PRODUCT does for the bins that are given).
+// Macros, from corey/_entropy_cuda.py: ENTROPY or POOLS (the one kernel to compile), T_X (type of the values), UNIT_STRIDE
+// (whether slots are 16 bytes), POWER_OF_TWO (whether num_bins is one), COLUMNS (replicas of a bin in shared memory).
+// ENTROPY also has OWN_RANGE (whether bins span the pool's own range, or else are given) and QUICK (1 if ONE_PRODUCT does
+// for the bins that are given).
 #include "histogram.cuh"
 
 constexpr int THREADS = 1024, WARPS = THREADS / 32;

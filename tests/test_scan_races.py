@@ -1,12 +1,11 @@
 """One pass in pairs under ThreadSanitizer, a CPU thread for each of CUDA's: barriers order all that a block shares."""
 
-import shutil
 import struct
 import subprocess
 
 import pytest
 import torch
-from emulation import TENSORS, Emulation, _Function, _Properties
+from emulation import TENSORS, Emulation, _Function, _Properties, skip_without_compiler
 from scan_inputs import OPTIONS, make_inputs
 from test_scan_emulated import edit
 
@@ -72,8 +71,7 @@ class Programs(Emulation):
 @pytest.fixture
 def reports(tmp_path, monkeypatch):
     """A function (inputs, block, change=None): what ThreadSanitizer says of one pass, or two parts, with that block."""
-    if shutil.which("g++") is None:
-        pytest.skip("g++ is not installed, which compiles the kernel for the CPU")
+    skip_without_compiler()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: _Properties)
 
